@@ -20,9 +20,9 @@ from compress.errors import PassError
 from compress.evaluation.tasks import check_images, check_metrics, check_sounds, check_speed, task_of
 from compress.passes.base import EDITS, accepted_values, chosen_by_effort
 from compress.recipe.sizes import cache_lengths, data_sizes
-from compress.recipe.work import evaluation_work, preparation_work
+from compress.recipe.work import WorkBeside, work_beside
 from compress.spec.spec import DTYPE_BITS, FLOAT_DTYPES, Edit, Spec
-from compress.work import with_writing
+from compress.work import seconds_of, with_writing
 
 if TYPE_CHECKING:
     from compress.checkpoint.open import Stored
@@ -152,9 +152,7 @@ class Plan:
 
     Attributes:
         original, original_spec: the recipe's model. store: where the result is written. stages: in order.
-        peak_memory: resident bytes at the peak of the run.
-        lengths: at which the bytes of the cache are shown.
-        preparation, evaluation: work before the passes, and of all evaluations; None where it is not known.
+        peak_memory: resident bytes at the peak. lengths: at which bytes of the cache are shown. beside: work beside its passes.
     """
 
     original: Size
@@ -162,9 +160,8 @@ class Plan:
     store: Store
     stages: tuple[PlannedStage, ...]
     peak_memory: int
-    lengths: tuple[int, ...] = ()
-    preparation: Work | None = None
-    evaluation: Work | None = None
+    lengths: tuple[int, ...]
+    beside: WorkBeside
 
     @property
     def disk(self) -> int:
@@ -190,10 +187,7 @@ class Plan:
             "original": asdict(self.original),
             "notes": list(self.original_spec.notes),
             "cache": self.cache,
-            "seconds": {
-                "preparation": _seconds(self.preparation, rates),
-                "evaluation": _seconds(self.evaluation, rates),
-            },
+            "seconds": self.beside.seconds(rates),
             "stages": [
                 {
                     "index": stage.index,
@@ -208,7 +202,7 @@ class Plan:
                                 **({_other(self.store): p.other_store.bytes} if p.other_store else {}),
                             },
                             "peak_memory": p.peak_memory,
-                            "seconds": _seconds(p.work, rates),
+                            "seconds": seconds_of(p.work, rates),
                             "notes": list(p.notes),
                         }
                         for p in stage.passes
@@ -219,10 +213,6 @@ class Plan:
             "peak_memory": self.peak_memory,
             "disk": self.disk,
         }
-
-
-def _seconds(work: Work | None, rates: Rates | None) -> float | None:
-    return None if rates is None or work is None else round(rates.predict(work), 1)
 
 
 def _other(store: Store) -> Store:
@@ -296,9 +286,8 @@ def make_plan(recipe: Recipe, spec: Spec, metadata: Mapping[str, str] | None = N
     if recipe.data.evaluation is not None and recipe.metrics:
         width = {"float32": 4, "bfloat16": 2, "float16": 2}[recipe.dtype]
         peak = max(peak, RUNTIME_BYTES + (spec.parameters + current.parameters) * width)
-    needed = {name for p in planned for name in passes.get(p.name).required_data(p.settings)}
-    evaluation = evaluation_work(recipe, spec, [stage.passes[-1].spec for stage in stages])
-    return Plan(original, spec, store, stages, peak, lengths, preparation_work(recipe, needed), evaluation)
+    beside = work_beside(recipe, spec, [stage.passes[-1].spec for stage in stages])
+    return Plan(original, spec, store, stages, peak, lengths, beside)
 
 
 def plan_pass(spec: Spec, instance: Pass[Any], settings: Any, store: Store) -> Spec:

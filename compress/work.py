@@ -152,6 +152,11 @@ def with_writing(work: Work | None, count: int) -> Work | None:
     return result
 
 
+def seconds_of(work: Work | None, rates: Rates | None) -> float | None:
+    """The seconds that the work takes, to a tenth; None where it or the rates are not known."""
+    return None if rates is None or work is None else round(rates.predict(work), 1)
+
+
 def rough_seconds(work: Work) -> float:
     """A guess of the seconds that the work takes, right to a factor of a few."""
     return Rates(_ROUGH).predict(work)

@@ -136,7 +136,9 @@ def test_plan_tells_the_time_of_evaluation(tmp_path):
     plan = make_plan(recipe, spec)
     tokens = text_tokens(6600, spec)
     head = spec.structure.config["vocab_size"] * spec.structure.config["hidden_size"]
-    rows = plan.evaluation.times["product", spec.structure.config["vocab_size"], spec.structure.config["hidden_size"]]
+    rows = plan.beside.evaluation.times[
+        "product", spec.structure.config["vocab_size"], spec.structure.config["hidden_size"]
+    ]
     assert rows == pytest.approx(5 * tokens, rel=0.05)
     assert plan.to_dict(ROUGH)["seconds"]["evaluation"] > 5 * tokens * head * 1e-11
     assert plan.to_dict()["seconds"] == {"preparation": None, "evaluation": None}

@@ -28,7 +28,7 @@ def predicted_seconds(
     is not there.
     """
     works = {stage.index: _stage_work(stage) for stage in missing}
-    works[len(plan.stages) + 1] = plan.evaluation
+    works[len(plan.stages) + 1] = plan.beside.evaluation
     if not computes_on_cpu(device) or dtype != "float32" or all(work is None for work in works.values()):
         return dict.fromkeys(works)
     rates = cached_rates()

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from compress import passes
 from compress.architectures.model_map import model_map
 from compress.data.documents import read_documents
 from compress.errors import CompressError
@@ -12,7 +14,7 @@ from compress.evaluation.tasks import LANGUAGE, OF_PASSES, SPEED_METRICS, TEXT_M
 from compress.passes.work import SampleSize, model_work, prediction_work
 from compress.recipe.sizes import text_bytes, text_tokens
 from compress.spec.spec import Spec
-from compress.work import Work
+from compress.work import Rates, Work, seconds_of
 
 if TYPE_CHECKING:
     from compress.recipe.data import EvaluationSection
@@ -22,17 +24,35 @@ if TYPE_CHECKING:
 _LATENCY_SECONDS, _LATENCY_PROCESSES = 10.0, 2
 
 
-def preparation_work(recipe: Recipe, needed: Collection[str]) -> Work:
+@dataclass(frozen=True)
+class WorkBeside:
+    """Work of a run beside its passes. ``evaluation``: of all evaluations; None where it is not known."""
+
+    preparation: Work | None = None
+    evaluation: Work | None = None
+
+    def seconds(self, rates: Rates | None) -> dict[str, float | None]:
+        """The seconds of both."""
+        return {"preparation": seconds_of(self.preparation, rates), "evaluation": seconds_of(self.evaluation, rates)}
+
+
+def work_beside(recipe: Recipe, original: Spec, stages: Sequence[Spec]) -> WorkBeside:
+    """Work of a run beside its passes. ``stages``: headers of the result of each stage."""
+    return WorkBeside(_preparation(recipe), _evaluation(recipe, original, stages))
+
+
+def _preparation(recipe: Recipe) -> Work:
     """Work before the first pass: the start, and making tokens of the data sets that passes need."""
     result = Work()
     result.add("start", 0, 1)
+    needed = {name for entry in recipe.passes for name in passes.get(entry.name).required_data(entry.settings)}
     sections = [getattr(recipe.data, name) for name in sorted(needed)]
     files = {file for section in sections if section is not None for file in section.files}
     result.add("text", 0, 1, text_bytes(sorted(files)))
     return result
 
 
-def evaluation_work(recipe: Recipe, original: Spec, stages: Sequence[Spec]) -> Work | None:
+def _evaluation(recipe: Recipe, original: Spec, stages: Sequence[Spec]) -> Work | None:
     """Work of evaluating the original and the result of each stage; None where it is not known.
 
     Every stage is compared with the original, which reads the same text again.
