@@ -12,6 +12,8 @@ import torch
 
 #: Largest damping, in units of the diagonal's mean. A matrix without a Cholesky factor there is far from positive.
 _MOST_DAMPING = 1.0
+#: Rows or columns of a triangular matrix that are worked on at a time.
+_STRIP = 128
 
 
 def damped(H_II: torch.Tensor, damp: float = 0.01) -> tuple[torch.Tensor, torch.Tensor]:
@@ -96,19 +98,52 @@ def _inverted(
         work_II.diagonal().copy_(_damped_values(work_II.diagonal(), used))
         work_II = work_II.mT
         failed = torch.empty((), dtype=torch.int32, device=H_II.device)
+        if factor:  # H⁻¹ = Uᵀ U where H = U⁻¹ U⁻ᵀ, which is the Cholesky factorisation from the last input to the first
+            _reverse(work_II)
         torch.linalg.cholesky_ex(work_II, out=(work_II, failed))
         if not int(failed):
-            torch.cholesky_inverse(work_II, out=work_II)
             if factor:
-                torch.linalg.cholesky_ex(work_II, upper=True, out=(work_II, failed))
+                _invert_lower(work_II)
+                _reverse(work_II)
+            else:
+                torch.cholesky_inverse(work_II, out=work_II)
             # an inverse with infinite or zero values counts as a failure
             diagonal_I = work_II.diagonal()
-            if not int(failed) and bool((diagonal_I.isfinite() & (diagonal_I > 0)).all()):
+            if bool((diagonal_I.isfinite() & (diagonal_I > 0)).all()):
                 return work_II, used
         del work_II
         if used >= _MOST_DAMPING:
             return _raised_factor(H_II if order_I is None else _in_order(H_II, order_I), damp), math.inf
         used = min(_MOST_DAMPING, max(10 * used, 1e-4))
+
+
+def _reverse(A_II: torch.Tensor) -> None:
+    """Reverse the order of rows and columns, in place."""
+    size = len(A_II)
+    for start in range(0, size // 2, _STRIP):
+        stop = min(start + _STRIP, size // 2)
+        first = A_II[:, start:stop].flip(0, 1)
+        A_II[:, start:stop] = A_II[:, size - stop : size - start].flip(0, 1)
+        A_II[:, size - stop : size - start] = first
+    if size % 2:
+        A_II[:, size // 2] = A_II[:, size // 2].flip(0)
+
+
+def _invert_lower(L_II: torch.Tensor) -> None:
+    """Invert a lower triangular matrix in place: [[A, 0], [B, C]]⁻¹ = [[A⁻¹, 0], [-C⁻¹ B A⁻¹, C⁻¹]]."""
+    size = len(L_II)
+    if size <= _STRIP:
+        one_II = torch.eye(size, dtype=L_II.dtype, device=L_II.device)
+        L_II.copy_(torch.linalg.solve_triangular(L_II, one_II, upper=False))
+        return
+    middle = (size // 2 + _STRIP - 1) // _STRIP * _STRIP
+    A_II, B_II, C_II = L_II[:middle, :middle], L_II[middle:, :middle], L_II[middle:, middle:]
+    for some_II in B_II.split(4 * _STRIP):  # rows, then columns: matrices may be large
+        some_II.copy_(torch.linalg.solve_triangular(A_II, some_II, upper=False, left=False))
+    for some_II in B_II.split(4 * _STRIP, 1):
+        some_II.copy_(torch.linalg.solve_triangular(C_II, some_II, upper=False).neg_())
+    _invert_lower(A_II)
+    _invert_lower(C_II)
 
 
 def _in_order(H_II: torch.Tensor, order_I: torch.Tensor | None) -> torch.Tensor:

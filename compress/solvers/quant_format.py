@@ -20,6 +20,8 @@ _SHRINK = torch.linspace(1.0, 0.45, 12).tolist()
 _AT_ONCE = 1 << 19
 #: Rounds of least squares for the scale, given the codes.
 _REFITS = 3
+#: Weights that scales are searched for at a time on a CPU, few enough for its caches.
+_IN_CACHE = 1 << 16
 
 
 class Scales(NamedTuple):
@@ -92,9 +94,33 @@ def fit(
         h = h * keep
         W = W * keep
     starts, overall = _from_extremes(W, quant_format, _SHRINK if search else [1.0])
-    scale, zero = starts[0]
     if not search:
-        return Scales(scale, zero, overall)
+        return Scales(*starts[0], overall)
+    rows = outputs if W.is_cuda else max(1, _IN_CACHE // inputs)
+    parts = [slice(start, start + rows) for start in range(0, outputs, rows)]
+    best = [
+        _searched(
+            W[part],
+            h[part] if keep_OI is not None else h,
+            [(scale[part], None if zero is None else zero[part]) for scale, zero in starts],
+            quant_format,
+            overall,
+        )
+        for part in parts
+    ]
+    zero = None if starts[0][1] is None else torch.cat([one for _, one in best if one is not None])
+    return Scales(torch.cat([scale for scale, _ in best]), zero, overall)
+
+
+def _searched(
+    W: torch.Tensor,
+    h: torch.Tensor,
+    starts: Sequence[tuple[torch.Tensor, torch.Tensor | None]],
+    quant_format: QuantFormat,
+    overall: torch.Tensor | None,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Return the best of scales and zero points [O, G], fitted to weights [O, G, S]; h broadcasts to these."""
+    scale, zero = starts[0]
     lowest = _error(W, h, scale, zero, quant_format)
     for other, other_zero in starts[1:]:
         error = _error(W, h, other, other_zero, quant_format)
@@ -109,7 +135,7 @@ def fit(
         error = _error(W, h, refit, zero, quant_format)
         better = error < lowest
         lowest, scale = torch.where(better, error, lowest), torch.where(better, refit, scale)
-    return Scales(scale, zero, overall)
+    return scale, zero
 
 
 def _from_extremes(
