@@ -19,7 +19,7 @@ import torch
 from compress.solvers.hessian import damped, inverse_factor
 from compress.solvers.magnitude import keep_largest, keep_n_of_m
 
-#: Above this size the eigendecomposition is in float32.
+#: Above this size all is in float32; up to it the factor of H is in float64.
 _DOUBLE_LIMIT = 2048
 #: First penalty rho. The eigenvalues of scaled Hessians have a harmonic mean of about 1.
 _RHO = 0.6
@@ -28,7 +28,13 @@ _LATE = 2.0
 #: Iterations between checks of the support.
 _CHECK = 5
 #: Share of the support whose change counts as no change.
-_SETTLED = 1e-3
+_SETTLED = 3e-3
+#: After so many iterations the threshold is taken anew in every second one only, since it moves slowly.
+_EACH = 10
+#: Weights that are worked on at a time on a CPU, few enough for its caches.
+_IN_CACHE = 1 << 16
+#: Rows of a symmetric product that are computed at a time on a CPU, from the diagonal on.
+_STRIP = 256
 #: Largest half width, relative, of the band around the last threshold that is searched first for the next one.
 _BAND = 0.05
 
@@ -41,7 +47,7 @@ class LayerProblem(NamedTuple):
     Q_II: torch.Tensor
     """Eigenvectors of X, in columns, float32."""
     L_I: torch.Tensor
-    """Eigenvalues of X, float64 or float32."""
+    """Eigenvalues of X, float32."""
     scale_I: torch.Tensor
     """sqrt(1 / (H⁻¹)_jj), float32."""
     damping: float
@@ -51,7 +57,8 @@ class LayerProblem(NamedTuple):
 def problem(H_II: torch.Tensor, damp: float = 0.01) -> LayerProblem:
     """Return H, [in, in], float32 or float64, damped, scaled and decomposed.
 
-    The eigendecomposition is in float64 up to 2048 inputs, above in float32.
+    The factor of H is in float64 up to 2048 inputs. The eigendecomposition is in float32: every use adds at least `_RHO` to the
+    eigenvalues, which are around 1.
 
     Raises:
         ValueError: H holds NaN or infinite values.
@@ -65,8 +72,9 @@ def problem(H_II: torch.Tensor, damp: float = 0.01) -> LayerProblem:
         del U_II
         X_II = damped(H_II.to(precise), damping)[0]
     X_II.div_(scale_I).div_(scale_I[:, None])
+    X_II = X_II.float()
     L_I, Q_II = torch.linalg.eigh(X_II)
-    return LayerProblem(X_II.float(), Q_II.float(), L_I, scale_I.float(), damping)
+    return LayerProblem(X_II, Q_II, L_I, scale_I.float(), damping)
 
 
 def alps(
@@ -78,8 +86,8 @@ def alps(
     earlier: torch.Tensor | None = None,
     damp: float = 0.01,
     max_iterations: int = 300,
-    pcg_iterations: int = 10,
-    growth: float = 1.15,
+    pcg_iterations: int = 6,
+    growth: float = 1.2,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return the pruned and refitted weights, [out, in] in W's dtype, and the keep-mask [out, in], True for kept weights.
 
@@ -94,7 +102,7 @@ def alps(
         damp: damping of H, in units of the mean of its diagonal.
         max_iterations: most iterations of ADMM, which usually needs 50 to 100.
         pcg_iterations: most conjugate-gradient steps on the final support; it stops once all gradients fell to a thousandth.
-        growth: factor of rho after every five iterations. 1.05 takes twice as long and lowers the error by 0.4 %.
+        growth: factor of rho after every five iterations. 1.15 takes a sixth longer and lowers the error by 0.2 %.
 
     Raises:
         ValueError: both or none of ``kept`` and ``pattern`` are given; H holds NaN or infinite values.
@@ -155,21 +163,33 @@ class _Projection:
     def __init__(self, kept: int | None, pattern: tuple[int, int] | None, earlier: torch.Tensor | None) -> None:
         self.kept, self.pattern = kept, pattern
         self.allowed = earlier
-        self.last: float | None = None
+        self.last: float = 0.0
         self.band = 0.0
 
-    def __call__(self, Z_OI: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
-        """Write the projection of Z, [out, in], into ``out`` and return it."""
-        size_OI = torch.abs(Z_OI, out=out)
+    def due(self, iteration: int) -> bool:
+        """Whether the threshold is to be taken anew in that iteration."""
+        return self.pattern is None and (iteration <= _EACH or not iteration % 2)
+
+    def take(self, Z_OI: torch.Tensor) -> None:
+        """Take the threshold from Z, [out, in], which is overwritten."""
+        size_OI = Z_OI.abs_()
         if self.allowed is not None:
             size_OI *= self.allowed
-        if self.pattern is not None:
-            groups_Gm = size_OI.view(-1, self.pattern[1])
-            torch.mul(Z_OI, (groups_Gm >= _nth_largest(groups_Gm, self.pattern[0])).view(Z_OI.shape), out=out)
+        self.last = self._threshold(size_OI)
+
+    def __call__(self, Z_PI: torch.Tensor, rows: slice, out: torch.Tensor) -> torch.Tensor:
+        """Write the projection of some rows Z of the matrix into ``out`` and return it."""
+        allowed_PI = None if self.allowed is None else self.allowed[rows]
+        if self.pattern is None:
+            torch.ops.aten.hardshrink.out(Z_PI, self.last, out=out)
         else:
-            out.copy_(torch.nn.functional.hardshrink(Z_OI, self._threshold(size_OI)))
-        if self.allowed is not None:
-            out *= self.allowed
+            size_PI = torch.abs(Z_PI, out=out)
+            if allowed_PI is not None:
+                size_PI *= allowed_PI
+            groups_Gm = size_PI.view(-1, self.pattern[1])
+            torch.mul(Z_PI, (groups_Gm >= _nth_largest(groups_Gm, self.pattern[0])).view(Z_PI.shape), out=out)
+        if allowed_PI is not None:
+            out *= allowed_PI
         return out
 
     def _threshold(self, size_OI: torch.Tensor) -> float:
@@ -182,11 +202,9 @@ class _Projection:
             if 1 <= rest <= near.numel():
                 threshold = float(near.kthvalue(near.numel() - rest + 1).values)
                 self.band = min(_BAND, max(4 * abs(threshold / self.last - 1), _BAND / 50))
-                self.last = threshold
                 return threshold
-        self.last = float(size_OI.flatten().kthvalue(size_OI.numel() - rank + 1).values)
         self.band = _BAND
-        return self.last
+        return float(size_OI.flatten().kthvalue(size_OI.numel() - rank + 1).values)
 
 
 def _nth_largest(groups_Gm: torch.Tensor, n: int) -> torch.Tensor:
@@ -206,37 +224,68 @@ def _admm(
 ) -> torch.Tensor:
     """Return the paper's B after convergence, dense, [out, in]; its largest entries are the support."""
 
-    def inverse(rho: float) -> torch.Tensor:
-        return (this.Q_II / (this.L_I + rho).to(this.Q_II.dtype)) @ this.Q_II.T
+    def advance(rows: slice) -> None:
+        B_PI, u_PI = B_OI[rows], u_OI[rows]
+        u_PI += B_PI
+        u_PI -= project(u_PI, rows, work_OI[rows])
+
+    def right_hand_side(rows: slice) -> None:
+        D_PI = work_OI[rows].sub_(u_OI[rows])
+        torch.add(G_OI[rows], D_PI, alpha=rho, out=D_PI)
 
     G_OI = target_OI @ this.X_II
     rho = _RHO
-    inverse_II = inverse(rho)
+    inverse_II = _inverse(this, rho)
     B_OI = torch.empty_like(target_OI)
-    free_OI = torch.empty_like(target_OI)  # holds D, D - u and the right-hand side in turn
+    work_OI = torch.empty_like(target_OI)  # holds D and the right-hand side in turn
     u_OI = torch.zeros_like(target_OI)
-    D_OI = project(target_OI, free_OI)
-    support_OI = D_OI != 0
+    outputs, inputs = target_OI.shape
+    step = outputs if target_OI.is_cuda else max(1, _IN_CACHE // inputs)
+    parts = [slice(start, start + step) for start in range(0, outputs, step)]
+    if project.due(0):
+        project.take(work_OI.copy_(target_OI))
+    support_OI = project(target_OI, slice(None), work_OI) != 0
+    for rows in parts:
+        right_hand_side(rows)
     size = max(1, int(support_OI.sum()))
     changed = False
     for iteration in range(1, max_iterations + 1):
-        D_OI -= u_OI
-        torch.mm(torch.add(G_OI, D_OI, alpha=rho, out=free_OI), inverse_II, out=B_OI)
+        torch.mm(work_OI, inverse_II, out=B_OI)
         if iteration == max_iterations:
             break
-        u_OI += B_OI
-        D_OI = project(u_OI, free_OI)
-        u_OI -= D_OI
-        if iteration % _CHECK == 0:
-            before_OI, support_OI = support_OI, D_OI != 0
-            settled = int(torch.count_nonzero(before_OI ^ support_OI)) < _SETTLED * size
-            if settled and (changed or rho > _LATE):  # while rho is small the support need not move yet
-                break
-            changed = changed or not settled
-            u_OI /= growth
-            rho *= growth
-            inverse_II = inverse(rho)
+        if project.due(iteration):
+            project.take(torch.add(u_OI, B_OI, out=work_OI))
+        if iteration % _CHECK:
+            for rows in parts:
+                advance(rows)
+                right_hand_side(rows)
+            continue
+        for rows in parts:
+            advance(rows)
+        before_OI, support_OI = support_OI, work_OI != 0
+        settled = int(torch.count_nonzero(before_OI ^ support_OI)) < _SETTLED * size
+        if settled and (changed or rho > _LATE):  # while rho is small the support need not move yet
+            break
+        changed = changed or not settled
+        u_OI /= growth
+        rho *= growth
+        inverse_II = _inverse(this, rho)
+        for rows in parts:
+            right_hand_side(rows)
     return B_OI
+
+
+def _inverse(this: LayerProblem, rho: float) -> torch.Tensor:
+    """Return (X + rho)⁻¹, [in, in]; on a CPU its upper part is computed and mirrored."""
+    scaled_II = this.Q_II / (this.L_I + rho)
+    if scaled_II.is_cuda:
+        return scaled_II @ this.Q_II.T
+    result_II = torch.empty_like(scaled_II)
+    for start in range(0, len(result_II), _STRIP):
+        stop = min(start + _STRIP, len(result_II))
+        torch.mm(scaled_II[start:stop], this.Q_II[start:].T, out=result_II[start:stop, start:])
+        result_II[stop:, start:stop] = result_II[start:stop, stop:].T
+    return result_II
 
 
 def _conjugate_gradients(
