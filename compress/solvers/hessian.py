@@ -138,9 +138,9 @@ def _invert_lower(L_II: torch.Tensor) -> None:
         return
     middle = (size // 2 + _STRIP - 1) // _STRIP * _STRIP
     A_II, B_II, C_II = L_II[:middle, :middle], L_II[middle:, :middle], L_II[middle:, middle:]
-    for some_II in B_II.split(4 * _STRIP):  # rows, then columns: matrices may be large
+    for some_II in torch.split(B_II, 4 * _STRIP):  # rows, then columns: matrices may be large
         some_II.copy_(torch.linalg.solve_triangular(A_II, some_II, upper=False, left=False))
-    for some_II in B_II.split(4 * _STRIP, 1):
+    for some_II in torch.split(B_II, 4 * _STRIP, 1):
         some_II.copy_(torch.linalg.solve_triangular(C_II, some_II, upper=False).neg_())
     _invert_lower(A_II)
     _invert_lower(C_II)
