@@ -19,9 +19,10 @@ from compress.blockwise.memory_budget import (
     curvatures_that_fit,
 )
 from compress.errors import PassError
-from compress.evaluation.tasks import EMBEDDING, task_of
+from compress.evaluation.tasks import EMBEDDING, is_seq2seq, task_of
 from compress.passes.base import Context
 from compress.solvers.memory import SolverMemory, outputs_at_once
+from compress.spec.classes import CAUSAL_LM
 from compress.spec.spec import Spec
 
 if TYPE_CHECKING:
@@ -196,6 +197,12 @@ def trials_memory(spec: Spec, width: int) -> int:
     logits = 5 * 4 * LOGITS_PER_CHUNK * vocabulary
     activations = 4 * 6 * TOKENS_PER_BATCH["cpu"] * broadest
     return width * (outside + block) + 2 * STATES_BYTES + logits + activations + ALLOCATOR_RETAIN + _SLACK
+
+
+def trains_predictions(spec: Spec, target: str) -> bool:
+    """Whether the last block is reconstructed towards predictions: of a model that predicts the next token of one text."""
+    causal = (spec.structure.class_name or "").endswith(CAUSAL_LM.suffixes) and not is_seq2seq(spec.structure)
+    return target == "predictions" and causal
 
 
 def require_head(spec: Spec, asks: str, key: str, instead: str) -> None:

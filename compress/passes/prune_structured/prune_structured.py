@@ -11,7 +11,7 @@ from compress.blockwise.memory_budget import TRIAL_SAMPLES, most_trials
 from compress.errors import PassError
 from compress.passes.allocation import divergence_memory
 from compress.passes.base import Context, InputMultiple, Mode, Pass, Storage
-from compress.passes.blockwise import require_head, runner_memory, trials_memory
+from compress.passes.blockwise import require_head, runner_memory, trains_predictions, trials_memory
 from compress.passes.prune_structured import slicing, widths
 from compress.passes.prune_structured.equivalence import require_equivalent
 from compress.passes.prune_structured.removable import alike, removable
@@ -111,7 +111,7 @@ class PruneStructured(Pass[PruneStructuredSettings]):
         if tuned and _has_teacher(settings):
             largest = max(sum(t.count for t in block.stored()) for block in mapped.blocks)
             runner += width * (sum(t.count for t in mapped.outside) + largest)
-        if tuned and settings.reconstruction_target == "predictions":
+        if tuned and trains_predictions(spec, settings.reconstruction_target):
             runner += _prediction_memory(spec, width)
         loads = settings.searched or (_chosen_by_score(settings) and not trials)
         whole = (1 + settings.searched) * width * spec.parameters if loads else 0

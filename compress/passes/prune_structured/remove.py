@@ -13,9 +13,8 @@ from compress.architectures.model_map import Linear, model_map
 from compress.blockwise.reconstruct import Reconstruction
 from compress.blockwise.targets import Teacher
 from compress.checkpoint.values import Checkpoint, Derived
-from compress.evaluation.tasks import is_seq2seq
 from compress.passes.base import Context
-from compress.passes.blockwise import open_runner, require_run
+from compress.passes.blockwise import open_runner, require_run, trains_predictions
 from compress.passes.prune_structured import slicing, widths
 from compress.passes.prune_structured.allocation import uneven_widths
 from compress.passes.prune_structured.block import WidthOptions, magnitude, prune_block_width
@@ -24,7 +23,6 @@ from compress.passes.prune_structured.taylor import taylor_scores
 from compress.sensitivity.block_influence import block_influence
 from compress.sensitivity.depth import DepthOptions, choose_blocks
 from compress.solvers.obs import keep_by_score
-from compress.spec.classes import CAUSAL_LM
 
 if TYPE_CHECKING:
     from compress.passes.prune_structured.settings import PruneStructuredSettings
@@ -164,7 +162,7 @@ def narrow(
     )
     reconstruction = None
     if tuned:
-        predictions = settings.reconstruction_target == "predictions" and channels is None and _predicts(current)
+        predictions = channels is None and trains_predictions(current.spec, settings.reconstruction_target)
         reconstruction = Reconstruction(
             settings.reconstruction_epochs, settings.reconstruction_lr, predictions=predictions
         )
@@ -179,12 +177,6 @@ def narrow(
         return repaired
     chosen = [(one, kept[index][one.name]) for index, units in planned.remove.items() for one, _ in units]
     return slicing.narrow(repaired, [*chosen, *planned.merged()], planned)
-
-
-def _predicts(checkpoint: Checkpoint) -> bool:
-    """Whether a model predicts the next token of one text."""
-    structure = checkpoint.spec.structure
-    return (structure.class_name or "").endswith(CAUSAL_LM.suffixes) and not is_seq2seq(structure)
 
 
 def _gradients(

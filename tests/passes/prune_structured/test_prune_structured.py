@@ -108,6 +108,14 @@ def test_plan_of_chosen_blocks_says_how_many_sets_are_tried():
         assert few == many
 
 
+def test_memory_counts_the_head_where_predictions_are_compared():
+    instance = passes.get("prune_structured")
+    for family, more in (("llama", True), ("vit", False)):
+        spec = open_checkpoint(pico.folder(family)).spec
+        best, usual = (instance.memory(spec, instance.settings(mlp=0.25, effort=e), 4) for e in ("best", "balanced"))
+        assert (best > usual) == more
+
+
 @pytest.mark.parametrize(
     ("layers", "message"),
     [
