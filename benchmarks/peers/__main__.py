@@ -1,9 +1,9 @@
 """Other tools beside ours: `make bench-peers PEER=PYTHON [MODEL= TRAIN= HELDOUT=] ARGS="--tool TOOL --jobs …"`.
 
 PEER is the interpreter of an environment of its own, with torch, transformers and the tool. TOOL is `llm-compressor`,
-`auto-round` or `ALPS`, for which --code is the file alps.py of mazumder-lab/ALPS, and PEER may be left out. A job is a method
-and an amount: `GPTQ int4`, `GPTQ asymmetric int4`, `SparseGPT 50%`, `ALPS 2:4`. All get the ids that `compress.apply` draws
-from TRAIN.
+`auto-round`, `libgguf` (llama.cpp's codes), or `ALPS`, for which --code is the file alps.py of mazumder-lab/ALPS, and PEER
+may be left out. A job is a method and an amount: `GPTQ int4`, `GPTQ asymmetric int4`, `SparseGPT 50%`, `ALPS 2:4`,
+`imatrix IQ2_XS`. All get the ids that `compress.apply` draws from TRAIN.
 
 The figures go to benchmarks/peers_MODEL.json, where other benchmarks find them for their column "others", and all of that file
 go to the section "Peers" of docs/benchmarks.md. A job that stands in the file is measured again.
@@ -28,6 +28,7 @@ TOOLS = {
     "llm-compressor": ("llm_compressor", "llmcompressor"),
     "auto-round": ("auto_round", "auto-round"),
     "ALPS": ("alps", None),
+    "libgguf": ("gguf_codes", "libgguf"),
 }
 FIGURES = ["rise", "kl", "bits_per_byte", "second_rise", "second_kl", "cpu_s", "peak_mib"]
 
