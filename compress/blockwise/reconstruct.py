@@ -7,6 +7,7 @@ AutoRound (arXiv 2309.05516) do so for quantised models; this works for any chan
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
@@ -31,12 +32,13 @@ class Reconstruction:
     """Settings of block reconstruction.
 
     Attributes:
-        epochs: passes over the samples; 0 for none. rate: Adam's step, relative to the root mean square of each tensor.
+        epochs: passes over the samples, the last one in part; 0 for none.
+        rate: Adam's step, relative to the root mean square of each tensor.
         batch: samples per step. bfloat16: train with products in bfloat16, where the machine has units for them.
         predictions: train the last block towards the original's predictions, at lower rates, where it alone decides them.
     """
 
-    epochs: int = 5
+    epochs: float = 5
     rate: float = 0.04
     batch: int = SAMPLES_PER_STEP["floats"]
     bfloat16: bool = True
@@ -143,11 +145,11 @@ def _descend(
     parameters = [p for p in block.module.parameters() if p.is_floating_point()]
     optimizers = {id(m.tensor): _adam(m, rate) for m in trainable}
     reduced = options.bfloat16 and runs_in_bfloat16(block, train[:1])
-    steps, step = options.epochs * -(-len(train) // options.batch), 0
+    steps, step = math.ceil(options.epochs * -(-len(train) // options.batch)), 0
     with _with_gradients(block, parameters, optimizers, keep=chain_gradients is not None):
-        for _ in range(options.epochs):
+        while step < steps:
             shuffled = torch.randperm(len(train), generator=order).tolist()
-            for start in range(0, len(train), options.batch):
+            for start in range(0, min(len(train), (steps - step) * options.batch), options.batch):
                 rows = sorted(train[i] for i in shuffled[start : start + options.batch])
                 for optimizer in optimizers.values():
                     (group,) = optimizer.param_groups

@@ -5,6 +5,7 @@ How often samples go through a block, and what a training step costs beside the 
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
@@ -66,7 +67,7 @@ class DataSizes:
 class Tuning:
     """Block reconstruction: its epochs, and what it trains."""
 
-    epochs: int
+    epochs: float
     trains: Literal["floats", "scales"]
 
 
@@ -225,7 +226,7 @@ class _BlockWork:
         train = max(1, self.size.samples - held)
         self.forward(2.0, held * self.size.length)
         self.forward(tuning.epochs * (1 + BACK_WITH_WEIGHTS), train * self.size.length)
-        steps = tuning.epochs * -(-train // SAMPLES_PER_STEP[tuning.trains])
+        steps = math.ceil(tuning.epochs * -(-train // SAMPLES_PER_STEP[tuning.trains]))
         count = sum(t.count for t in self.block.tensors.values())
         if tuning.trains == "floats":
             self.work.add("adam", 0, 1, steps * count)

@@ -52,12 +52,12 @@ class PruneUnstructuredSettings(PassSettings):
         "encoder in front of a decoder, have the common sparsity. `auto`: `kl` where `sparsity` is given and the model "
         "predicts tokens, else `uniform`. The total stays the same. `owl` and `kl` read calibration data.",
     )
-    reconstruction_epochs: int = Field(
+    reconstruction_epochs: int | float = Field(
         default_factory=EFFORTS.of("reconstruction_epochs"),
         ge=0,
-        description="With calibration data: epochs of block reconstruction (BRECQ, arXiv 2102.05426). Each pruned block is "
-        "trained towards the original block's output; masks stay fixed. 0 for none. It takes most of the time, and lowers "
-        "the loss on unseen text too.",
+        description="With calibration data: epochs of block reconstruction (BRECQ, arXiv 2102.05426), such as 5 or 0.5. "
+        "Each pruned block is trained towards the original block's output; masks stay fixed. 0 for none. It takes most of "
+        "the time, and lowers the loss on unseen text too.",
     )
     reconstruction_lr: float = Field(
         default_factory=EFFORTS.of("reconstruction_lr"),

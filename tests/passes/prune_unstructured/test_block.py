@@ -89,6 +89,19 @@ def test_methods_and_tuning_lower_the_error_in_turn(folders, data, tmp_path):
     assert layers[2] == layers[3]  # before any tuning, the first block is the same
 
 
+def test_part_of_an_epoch_takes_its_part_of_the_steps(folders, data, tmp_path):
+    for epochs, steps in ((0.5, 2), (1, 4), (1.6, 7)):  # 15 samples, 4 at a time
+        details: dict = {}
+        settings = {"method": "wanda", "sparsity": 0.5, "reconstruction_lr": 0.04, "reconstruction_epochs": epochs}
+        work = tmp_path / str(epochs)
+        apply(
+            open_checkpoint(folders["llama"]), "prune_unstructured", data=data, work=work, details=details, **settings
+        )
+        for block in details["blocks"]:
+            tries = {0.04: 1, 0.01: 2, 0.0025: 3}[block["tuning"]["rate"]]
+            assert block["tuning"]["steps"] == tries * steps
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_calibrated_methods_keep_an_earlier_mask(method, folders, data, tmp_path):
     half = write(
