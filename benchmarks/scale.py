@@ -1,9 +1,10 @@
-"""CPU seconds of GPTQ and SparseGPT beside one forward pass: `make bench-scale [MODEL=] [PEER=/path/to/python] [ARGS=]`.
+"""CPU seconds of calibrated passes beside one forward pass: `make bench-scale [MODEL=] [PEER=/path/to/python] [ARGS=]`.
 
 In one process, on the same 64 x 256 random token ids: a forward pass of the blocks in float32, the sums of the Hessians of the
 inputs of their matrices, and the pass itself, from the folder to the written checkpoint. Models: MODEL, and random weights of
-a Llama of 124 M parameters (--wide). PEER is the interpreter of an environment that has llmcompressor; it gets the same ids
-and as many threads, in a process of its own right after. Read the ratios: a machine that does other work slows all alike.
+a Llama of 124 M parameters (--wide). Other tools get the same ids and as many threads, each in a process of its own right
+after: PEER is the interpreter of an environment that has llmcompressor; --alps and --autoround are those of
+`benchmarks/versus.py`. Read the ratios: a machine that does other work slows all alike.
 """
 
 from __future__ import annotations
@@ -29,10 +30,9 @@ JOBS: dict[str, tuple[str, dict[str, Any]]] = {
     "gptq": ("cast", {"weights": "int4", "error_correction": [], "reconstruction_epochs": 0}),
     "sparsegpt": ("prune_unstructured", {"method": "sparsegpt", "sparsity": 0.6, "reconstruction_epochs": 0}),
     "alps": ("prune_unstructured", {"method": "alps", "sparsity": 0.6, "reconstruction_epochs": 0}),
+    "tuned": ("cast", {"weights": "int4"}),
     "asymmetric": ("cast", {"weights": "int4", "error_correction": ["asymmetric"], "reconstruction_epochs": 0}),
 }
-#: Jobs that the peer has too.
-SHARED = ("gptq", "sparsegpt")
 #: Tokens of a forward pass, as in a run over the blocks.
 TOKENS = 1024
 
@@ -89,10 +89,23 @@ def ours(job: str, folder: str, ids: Any) -> float:
         return time.process_time() - start
 
 
+def beside(job: str, args: argparse.Namespace, folder: str, ids: Path) -> tuple[str, float] | None:
+    """The tool that has the same job, and its CPU seconds; None where none was given."""
+    if job not in PEERS:
+        return None
+    module, its, name = PEERS[job]
+    given = {"llm_compressor": args.peer, "alps": args.alps and sys.executable, "auto_round": args.autoround}
+    if not given[module]:
+        return None
+    return name, peers.timed(given[module], module, folder, str(ids), its, code=args.alps)["cpu_s"]
+
+
 def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--peer", help="python of an environment with llmcompressor")
+    parser.add_argument("--alps", help="alps.py as published")
+    parser.add_argument("--autoround", help="python of an environment with auto-round")
     parser.add_argument("--model", default=str(ROOT / "examples/tiny-lm"))
     parser.add_argument("--wide", action="store_true", help="the random model too")
     parser.add_argument("--blocks", type=int, default=12, help="of the random model")
@@ -120,11 +133,7 @@ def main() -> None:
             for job in args.jobs:
                 forward, sums = forward_and_sums(model, ids)
                 own = ours(job, model, ids)
-                theirs = None
-                if args.peer and job in SHARED:
-                    module, its, _ = PEERS[job]
-                    file = str(scratch / "ids.safetensors")
-                    theirs = peers.timed(args.peer, module, model, file, its)["cpu_s"]
+                other = beside(job, args, model, scratch / "ids.safetensors")
                 rows.append(
                     [
                         Path(model).name,
@@ -134,12 +143,12 @@ def main() -> None:
                         f"{sums:.1f}",
                         f"{own / (forward + sums):.2f}",
                     ]
-                    + (["–", "–"] if theirs is None else [f"{theirs:.1f}", f"{own / theirs:.2f}"])
+                    + (["–"] * 3 if other is None else [other[0], f"{other[1]:.1f}", f"{own / other[1]:.2f}"])
                 )
                 print(*rows[-1], flush=True)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
-    page.put(
+    page.deliver(
         args.section,
         [
             "## CPU seconds beside one forward pass",
@@ -149,7 +158,7 @@ def main() -> None:
             "the same tokens through the blocks, float32. Sums: Hessians of the inputs of all matrices.",
             "",
             *page.table(
-                ["model", "job", "pass", "forward", "sums", "pass / (forward + sums)", "llm-compressor", "pass / that"],
+                ["model", "job", "pass", "forward", "sums", "pass / (forward + sums)", "beside", "its", "pass / that"],
                 rows,
             ),
         ],
