@@ -94,7 +94,7 @@ def main() -> None:
         f"{args.samples} × {scoring.WINDOW} calibration tokens. {texts.note()}",
     ]
     if any(method.startswith("best") for method in args.methods):
-        notes.append("`best` is `effort: best`: ALPS, then block reconstruction.")
+        notes.append("`best` is `effort: best`: ALPS, sparsity by KL but for N:M, then block reconstruction.")
     if tried := [method for method in args.methods if "allocation" in METHODS[method]]:
         notes.append(f"{', '.join(f'`{m}`' for m in tried)}: with that `allocation`; the others are uniform.")
     notes.append("Seconds cover the whole call: loading, self-check and writing.")
