@@ -217,7 +217,7 @@ def main() -> None:
     page.deliver(
         args.section,
         [
-            f"## Choice of {args.count} blocks of {Path(args.model).name}",
+            f"## Choice of {args.count} blocks of {page.model_name(args.model)}",
             "",
             f"`{page.command('bench-depth', parser, args)}`: {page.environment()} {args.samples} × {scoring.WINDOW} "
             f"calibration tokens, of which the choice uses 32. {note} Float32, no repair. "

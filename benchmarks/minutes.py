@@ -145,7 +145,7 @@ def main() -> None:
     page.deliver(
         args.section,
         [
-            f"## Predicted time, {some}{Path(args.model).name}",
+            f"## Predicted time, {some}{page.model_name(args.model)}",
             "",
             f"`{page.command('bench-minutes', parser, args)}`: {page.environment()} CPU seconds of whole runs of "
             f"`compress run`, with {os.environ.get('OMP_NUM_THREADS') or 'all'} threads, and those that `compress plan` "
