@@ -29,7 +29,7 @@ from typing import Any, Self
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-NEEDED = ("torch", "transformers", "safetensors", "tokenizers", "pydantic", "typer", "rich", "yaml")
+NEEDED = ("torch", "transformers", "safetensors", "tokenizers", "pydantic")
 #: Llama 3 8B, and a shape that a CPU does in seconds.
 LARGE = {
     "vocab_size": 128_256, "hidden_size": 4096, "intermediate_size": 14_336, "num_attention_heads": 32,

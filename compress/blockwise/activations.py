@@ -10,12 +10,14 @@ from typing import Protocol
 
 import torch
 
+from compress.blockwise.device_room import DeviceRoom, HeldStates
+
 
 class HiddenStates(Protocol):
     """Hidden states that are read by sample."""
 
     def read(self, rows: Sequence[int]) -> torch.Tensor:
-        """Hidden states of those samples, [len(rows), …], on the CPU."""
+        """Hidden states of those samples, [len(rows), …], on the CPU or where they are held."""
         ...
 
 
@@ -23,10 +25,16 @@ class Activations:
     """A file of float activations [samples, …], read and written by sample.
 
     Plain reads and writes, not a memory map: the pages stay the system's, which drops them when memory is short.
+
+    Args:
+        room: of the device that writes them, where they are held as well, if it has some when the first of them are written.
     """
 
-    def __init__(self, path: Path, samples: int, shape: Sequence[int], dtype: torch.dtype) -> None:
+    def __init__(
+        self, path: Path, samples: int, shape: Sequence[int], dtype: torch.dtype, room: DeviceRoom | None = None
+    ) -> None:
         self.path, self.samples, self.shape, self.dtype = path, samples, tuple(shape), dtype
+        self._room, self._held = room, None
         self._row = prod(self.shape) * torch.empty((), dtype=dtype).element_size()
         path.parent.mkdir(parents=True, exist_ok=True)
         self._file = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
@@ -39,6 +47,10 @@ class Activations:
 
     def write(self, rows: Sequence[int], values: torch.Tensor) -> None:
         """Write values [len(rows), …] at those samples."""
+        if self._held is None and self._room is not None and self._room.left:
+            self._held = HeldStates(self._room, values.new_empty(0, dtype=self.dtype), (self.samples, *self.shape))
+        if self._held is not None:
+            self._held.write([*rows], values)
         data = values.detach().to("cpu", self.dtype).contiguous().view(len(rows), -1).view(torch.uint8).numpy()
         for row, value in zip(rows, data, strict=True):
             view, offset = memoryview(value.data), row * self._row
@@ -47,7 +59,9 @@ class Activations:
                 view, offset = view[count:], offset + count
 
     def read(self, rows: Sequence[int]) -> torch.Tensor:
-        """Values of those samples, [len(rows), …], on the CPU."""
+        """Values of those samples, [len(rows), …], on the CPU or where they are held."""
+        if self._held is not None and (held := self._held.read([*rows])) is not None:
+            return held
         buffer = torch.empty(len(rows), self._row, dtype=torch.uint8)
         for row, value in zip(rows, buffer.numpy(), strict=True):
             view, offset = memoryview(value.data), row * self._row
@@ -63,6 +77,8 @@ class Activations:
 
     def close(self) -> None:
         """Release the file; it stays on the disk."""
+        if self._held is not None:
+            self._held.close()
         os.close(self._file)
 
 
@@ -76,6 +92,7 @@ class ActivationStream:
     Args:
         name: the files are ``<folder>/<name><number>.act``. shapes: of one sample, in front of each block and behind the last.
         files: how many there are of a shape; position i is in file i mod files.
+        room: see `Activations`.
     """
 
     def __init__(
@@ -87,9 +104,10 @@ class ActivationStream:
         dtype: torch.dtype,
         *,
         files: int = 2,
+        room: DeviceRoom | None = None,
     ) -> None:
         self._folder, self._name, self._files = folder, name, min(files, len(shapes))
-        self._samples, self._dtype = samples, dtype
+        self._samples, self._dtype, self._room = samples, dtype, room
         self._shapes = [tuple(shape) for shape in shapes]
         self._open: dict[str, Activations] = {}
 
@@ -102,7 +120,8 @@ class ActivationStream:
         """Hidden states in front of block ``index``; with a block's number + 1, behind it."""
         file = self._file(index)
         if file not in self._open:
-            self._open[file] = Activations(self._folder / file, self._samples, self._shapes[index], self._dtype)
+            shape = self._shapes[index]
+            self._open[file] = Activations(self._folder / file, self._samples, shape, self._dtype, self._room)
         return self._open[file]
 
     def release(self, index: int, *, delete: bool = False) -> None:

@@ -17,7 +17,7 @@ import torch
 from compress.blockwise.activations import Activations
 from compress.blockwise.block import Block
 from compress.blockwise.experts import unfused
-from compress.blockwise.hessians import InputStatistics, counted, empty_statistics, hessian_dtype
+from compress.blockwise.hessians import InputStatistics, counted, empty_statistics, hessian_dtype, tensor_cores
 from compress.blockwise.linears import TargetLinear, record_outputs
 from compress.blockwise.passage import Passage
 from compress.blockwise.spilled import SpilledValues
@@ -198,11 +198,13 @@ def _measured(
             differing += 1
             continue
         statistics.add(x_now)
-        mismatch.inputs += (x_then - x_now).T @ x_now
+        with tensor_cores(x_now):
+            mismatch.inputs += (x_then - x_now).T @ x_now
         if residual is not None and earlier is not None:
             residual_then = counted(_residual(block, block.originals, rows, earlier, outputs_then), masks)
-            for total in mismatch.residual.values():
-                total += (residual_then - residual).T @ x_now
+            with tensor_cores(x_now):
+                for total in mismatch.residual.values():
+                    total += (residual_then - residual).T @ x_now
     if block.view.processes.reduce_sum(differing)[0]:
         return None
     statistics.finish()

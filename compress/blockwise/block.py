@@ -11,6 +11,7 @@ import torch
 
 from compress.blockwise.activations import Activations, HiddenStates
 from compress.blockwise.arguments import Call
+from compress.blockwise.device_room import DeviceRoom
 from compress.blockwise.experts import ExpertSwap, unfused
 from compress.blockwise.hessians import (
     InputStatistics,
@@ -33,6 +34,7 @@ class BlockView(Protocol):
         device: where blocks are. seed: of random draws. processes: the processes that work on the same blocks.
         samples: number of calibration samples. tokens: number of tokens in them that count.
         proven: tapes of blocks that computed what the blocks did, as text. spare: files without a name, to use again.
+        room: in the device's memory, for hidden states.
     """
 
     device: str
@@ -42,6 +44,7 @@ class BlockView(Protocol):
     tokens: int
     proven: set[str]
     spare: list[IO[bytes]]
+    room: DeviceRoom
 
     def arguments(self, index: int, rows: Sequence[int]) -> Call:
         """Arguments of a block beside hidden states, for those samples."""

@@ -14,6 +14,7 @@ from compress.architectures.model_map import model_map
 from compress.blockwise.activations import Activations, ActivationStream, BlockStreams, HiddenStates
 from compress.blockwise.arguments import Call, filled
 from compress.blockwise.calls import BlockCalls
+from compress.blockwise.device_room import room_on
 from compress.blockwise.functional import projections_as_calls
 from compress.blockwise.inputs import Inputs
 from compress.blockwise.memory_budget import TOKENS_PER_BATCH
@@ -30,7 +31,7 @@ class BlockExecutor:
     It is the `BlockView` that blocks hold. Call `learn_calls` before anything else runs.
 
     Attributes:
-        depth: number of blocks. dtype: of the computation. proven, spare: see `BlockView`.
+        depth: number of blocks. dtype: of the computation. proven, spare, room: see `BlockView`.
     """
 
     def __init__(
@@ -42,6 +43,7 @@ class BlockExecutor:
         device: str,
         seed: int = 0,
         processes: ProcessGroup | None = None,
+        max_vram: int | None = None,
     ) -> None:
         self.checkpoint, self.inputs, self.device, self.seed = checkpoint, inputs, device, seed
         self.processes = processes or ProcessGroup()
@@ -52,6 +54,7 @@ class BlockExecutor:
         self.calls = BlockCalls(self.streamed, inputs)
         self.proven: set[str] = set()
         self.spare: list[IO[bytes]] = []
+        self.room = room_on(device, max_vram)
 
     # ---- samples ----
 
@@ -184,7 +187,10 @@ class BlockExecutor:
                 shapes.append(tuple(self.calls.shape_behind(index, shapes[-1])))
             title = name if place == 0 else f"{name}-list{place}-"
             each = [shape[1:] for shape in shapes]
-            lists.append((one.first, ActivationStream(folder, title, samples, each, self.dtype, files=files)))
+            room = self.room if files == 2 else None  # of many files each would take some and keep it
+            lists.append(
+                (one.first, ActivationStream(folder, title, samples, each, self.dtype, files=files, room=room))
+            )
         return BlockStreams(lists)
 
     def enter(self, index: int, stream: BlockStreams, first: int | None = None) -> None:

@@ -58,12 +58,13 @@ class InputStatistics:
         self._waiting.clear()
         self._count = 0
         self.total += x.sum(0)
-        for start, stop in _strips(x.shape[1]):
-            into = self.hessian[start:stop, start:]
-            if into.dtype == torch.float32:
-                into.addmm_(x[:, start:stop].T, x[:, start:])
-            else:
-                into += x[:, start:stop].T @ x[:, start:]
+        with tensor_cores(x):
+            for start, stop in _strips(x.shape[1]):
+                into = self.hessian[start:stop, start:]
+                if into.dtype == torch.float32:
+                    into.addmm_(x[:, start:stop].T, x[:, start:])
+                else:
+                    into += x[:, start:stop].T @ x[:, start:]
 
     def finish(self) -> None:
         """Add the inputs that wait, and mirror H below its diagonal strips."""
@@ -108,6 +109,24 @@ def _energy(rows: torch.Tensor, hessian: torch.Tensor) -> float:
 def _strips(width: int) -> list[tuple[int, int]]:
     step = _STRIP if width <= _WIDE else _WIDE_STRIP
     return [(start, min(start + step, width)) for start in range(0, width, step)]
+
+
+@contextmanager
+def tensor_cores(x: torch.Tensor) -> Iterator[None]:
+    """Within, products of float32 matrices where ``x`` is are of values rounded to TF32, if that is a GPU; sums are float32.
+
+    TF32 has 10 bits of mantissa: bfloat16 values are exact in it, and what it adds to statistics of float32 values is far
+    below their damping.
+    """
+    if x.device.type == "cpu":
+        yield
+        return
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 def hessian_dtype(width: int) -> torch.dtype:

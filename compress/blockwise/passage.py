@@ -13,7 +13,7 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import suppress
 from hashlib import sha256
 from pathlib import Path
-from typing import IO, Any, NamedTuple
+from typing import IO, Any, NamedTuple, TypeAlias
 
 import torch
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_leaves
@@ -21,6 +21,7 @@ from torch.utils._pytree import TreeSpec, tree_flatten, tree_leaves
 from compress.blockwise.activations import Activations
 from compress.blockwise.arguments import Call
 from compress.blockwise.block import Block, BlockView
+from compress.blockwise.device_room import DeviceRoom
 from compress.blockwise.experts import unfused
 from compress.blockwise.linears import TargetLinear, first_value
 from compress.blockwise.streamed import StopForward
@@ -40,55 +41,74 @@ class TensorPlace(NamedTuple):
     offset: int
 
 
+#: Bytes of a storage on the device, or their offset and number in a file.
+StoragePlace: TypeAlias = "torch.Tensor | tuple[int, int]"
+
+
 class WaitingValues:
     """Live values of each batch at a stop, in two nameless files that take turns; the system removes them with the process.
 
     Args:
         folder: of new files. spare: files to use again, since memory that the system has for them already is quicker to write;
             `close` puts them there.
+        room: in the device's memory, where values wait while there is some.
     """
 
-    def __init__(self, folder: Path, device: str, spare: list[IO[bytes]]) -> None:
-        self._device, self._spare = device, spare
+    def __init__(self, folder: Path, device: str, spare: list[IO[bytes]], room: DeviceRoom) -> None:
+        self._device, self._spare, self._room = device, spare, room
         self._read, self._written = (
             spare.pop() if spare else tempfile.TemporaryFile(dir=folder)  # noqa: SIM115
             for _ in range(2)
         )
-        self._before: dict[int, tuple[list[tuple[int, int]], dict[int, TensorPlace]]] = {}
-        self._after: dict[int, tuple[list[tuple[int, int]], dict[int, TensorPlace]]] = {}
+        self._before: dict[int, tuple[list[StoragePlace], dict[int, TensorPlace]]] = {}
+        self._after: dict[int, tuple[list[StoragePlace], dict[int, TensorPlace]]] = {}
         self._end = 0
 
     def turn(self) -> None:
         """Make readable what was written, and overwrite what was read."""
         self._read, self._written = self._written, self._read
+        self._free(self._before)
         self._before, self._after, self._end = self._after, {}, 0
 
     def write(self, batch: int, values: Mapping[int, torch.Tensor]) -> None:
         """Write a batch's values, by slot; what shares memory still does when it is read."""
         storages: dict[int, int] = {}
-        places: list[tuple[int, int]] = []
+        places: list[StoragePlace] = []
         layouts = {}
         for slot, value in values.items():
             value = value.resolve_conj().resolve_neg()  # what a view says of itself is not in the file
             storage = value.untyped_storage()
             number = storages.setdefault(storage._cdata, len(places))
             if number == len(places):
-                data = torch.empty(0, dtype=torch.uint8, device=value.device).set_(storage)
-                places.append((self._end, storage.nbytes()))
-                self._end += _put(self._written.fileno(), data.cpu(), self._end)
+                places.append(self._keep(torch.empty(0, dtype=torch.uint8, device=value.device).set_(storage)))
             layouts[slot] = TensorPlace(
                 number, value.dtype, tuple(value.shape), tuple(value.stride()), int(value.storage_offset())
             )
         self._after[batch] = places, layouts
 
+    def _keep(self, data: torch.Tensor) -> StoragePlace:
+        """Where bytes wait: held on the device, or their place in the file."""
+        if self._room.take(len(data)):
+            return data.clone()
+        place = self._end, len(data)
+        self._end += _put(self._written.fileno(), data.cpu(), self._end)
+        return place
+
+    def _free(self, batches: Mapping[int, tuple[list[StoragePlace], Any]]) -> None:
+        for places, _ in batches.values():
+            self._room.give(sum(len(place) for place in places if isinstance(place, torch.Tensor)))
+
     def read(self, batch: int, slots: Collection[int] | None = None) -> dict[int, torch.Tensor]:
         """A batch's values by slot: all, or some."""
         places, layouts = self._before[batch]
         wanted = {slot: one for slot, one in layouts.items() if slots is None or slot in slots}
-        storages = {number: self._storage(*places[number]) for number in {one.storage for one in wanted.values()}}
+        storages = {number: self._storage(places[number]) for number in {one.storage for one in wanted.values()}}
         return {slot: _tensor(storages[one.storage], one, self._device) for slot, one in wanted.items()}
 
-    def _storage(self, offset: int, count: int) -> Any:
+    def _storage(self, place: StoragePlace) -> Any:
+        if isinstance(place, torch.Tensor):
+            return place.clone().untyped_storage()
+        offset, count = place
         data = torch.empty(count, dtype=torch.uint8)
         view = memoryview(data.numpy().data)
         while view:
@@ -98,8 +118,11 @@ class WaitingValues:
         return data.to(self._device).untyped_storage()
 
     def close(self) -> None:
-        """Hand back the files."""
+        """Hand back the files and the room."""
         self._spare += [self._read, self._written]
+        for batches in (self._before, self._after):
+            self._free(batches)
+            batches.clear()
 
 
 def _put(file: int, data: torch.Tensor, offset: int) -> int:
@@ -150,7 +173,7 @@ class Passage:
         self._batches = list(self._view.batches())
         self._tapes: list[_Known] = [] if tapes is None else tapes
         self._of: list[Tape | None] = [] if taped else [None] * len(self._batches)
-        self._waiting = WaitingValues(self._inputs.path.parent, self._view.device, self._view.spare)
+        self._waiting = WaitingValues(self._inputs.path.parent, self._view.device, self._view.spare, self._view.room)
         self._sealed: bytes | None = None
 
     @property

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from compress.blockwise.block import Block
-from compress.blockwise.memory_budget import HELD_OUT, SAMPLES_PER_STEP
+from compress.blockwise.memory_budget import HELD_OUT, SAMPLES_PER_STEP, SAVED_BYTES
 from compress.blockwise.predictions import Predict, depends_on_hidden_alone, divergence
 from compress.blockwise.spilled import SpilledValues, spilling_backward
 
@@ -240,7 +240,8 @@ def _gradients(
     """
     processes = block.view.processes
     if own := processes.shard(rows):
-        with torch.enable_grad(), spilling_backward(block.inputs.path.parent, parameters):
+        most = SAVED_BYTES + block.view.room.left
+        with torch.enable_grad(), spilling_backward(block.inputs.path.parent, parameters, most):
             products = torch.autocast(torch.device(block.view.device).type, torch.bfloat16, enabled=reduced)
             if predict is None:
                 with products:

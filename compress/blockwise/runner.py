@@ -55,6 +55,7 @@ class BlockRunner:
         teacher: the original, where it is not ``checkpoint``.
         leave: tensors that stay as they are where an inferred record describes the model and they are no linear layers of
             its class; ``left`` names them, so that the pass treats them by their weights alone.
+        max_vram: bytes of a GPU's memory; see `compress.blockwise.device_room`.
 
     Raises:
         PassError: a wanted tensor is outside the blocks, or shared with a block that comes before it is solved.
@@ -74,11 +75,12 @@ class BlockRunner:
         seed: int = 0,
         teacher: Teacher | None = None,
         leave: Collection[str] = (),
+        max_vram: int | None = None,
     ) -> None:
         self.checkpoint, self.inputs, self.wanted = checkpoint, inputs, wanted
         self.workspace, self.progress = workspace, progress
         self.executor = BlockExecutor(
-            checkpoint, inputs, dtype=dtype, device=device, seed=seed, processes=workspace.processes
+            checkpoint, inputs, dtype=dtype, device=device, seed=seed, processes=workspace.processes, max_vram=max_vram
         )
         self.streamed, self.processes = self.executor.streamed, self.executor.processes
         self.streamed.map_tables(workspace.path)
@@ -157,6 +159,7 @@ class BlockRunner:
                     self._enter(index, stream)
                 with quiet_transformers(), self.streamed.block(index) as module:
                     details = self._block(index, module, stream, change, last)
+                self.executor.room.learn()
                 details["seconds"] = round(time.perf_counter() - start, 3)
                 state.details.append(cast("BlockDetails", {"block": index, **details}))
                 state.next = index + 1

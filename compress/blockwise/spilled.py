@@ -16,8 +16,6 @@ from typing import Any
 import torch
 from torch.autograd.graph import saved_tensors_hooks
 
-from compress.blockwise.memory_budget import SAVED_BYTES
-
 
 class SpilledValues:
     """The values that some tensors have now, in a nameless file; the system removes it with the process.
@@ -51,7 +49,7 @@ class SpilledValues:
 
 
 @contextmanager
-def spilling_backward(folder: Path, without: Sequence[torch.Tensor], most: int = SAVED_BYTES) -> Iterator[None]:
+def spilling_backward(folder: Path, without: Sequence[torch.Tensor], most: int) -> Iterator[None]:
     """Within, what a forward pass saves for the backward pass is in a file as soon as there are ``most`` bytes in memory.
 
     Both passes are to be within. The values are the same either way.

@@ -18,6 +18,7 @@ import torch
 
 from compress.architectures.inferred import Inferred
 from compress.architectures.model_map import model_map
+from compress.blockwise.read_ahead import ReadAhead
 from compress.blockwise.spilled import MappedTables
 from compress.checkpoint.values import Checkpoint
 from compress.errors import PassError
@@ -98,10 +99,12 @@ class StreamedModel:
         lists: its lists of repeated layers, in the order in which they run. Blocks are numbered through all of them.
         layers: the blocks of all lists.
         dtype, device: of the weights in memory.
+        ahead: reads the next block's tensors while a GPU works on this one; None on a CPU, whose cores are at work.
     """
 
     def __init__(self, checkpoint: Checkpoint, *, dtype: torch.dtype, device: str) -> None:
         self.checkpoint, self.dtype, self.device = checkpoint, dtype, device
+        self.ahead = ReadAhead(checkpoint, pinned=True) if device.startswith("cuda") else None
         self.record = model_map(checkpoint.spec).record
         with quiet_transformers():
             self.model = self._skeleton()
@@ -220,7 +223,9 @@ class StreamedModel:
         from transformers.core_model_loading import convert_and_load_state_dict_in_model
         from transformers.modeling_utils import LoadStateDictConfig
 
-        state = {name: self.checkpoint.tensor(name).data.to(self.dtype) for name in names}
+        read = self.checkpoint if self.ahead is None else self.ahead
+        # a GPU converts what has travelled in its own dtype
+        state = {name: read.tensor(name).data.to(self.device, non_blocking=True).to(self.dtype) for name in names}
         config = LoadStateDictConfig(
             dtype=self.dtype,
             device_map={"": self.device},
@@ -241,6 +246,8 @@ class StreamedModel:
         try:
             with quiet_transformers():
                 self._load(self._tensors.get(index, []))
+            if self.ahead is not None:
+                self.ahead.begin(self._tensors.get(index + 1, []))
         finally:
             one.modules[index - one.first] = present
         missing = [name for name, p in module.named_parameters() if p.is_meta]

@@ -65,6 +65,7 @@ class TargetStream:
                 processes=executor.processes,
             )
             self._original.streamed.map_tables(work)
+            self._original.room = executor.room
 
     def learn_calls(self) -> None:
         """Learn how the original's blocks are called; those of the executor must be known."""

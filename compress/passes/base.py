@@ -75,6 +75,7 @@ class Context:
         progress: receives steps and messages.
         workspace: durable state, keyed by the stage's fingerprint: cached results, and what a killed run continues from.
         offline: use only hub files that are cached.
+        max_vram: bytes of a GPU's memory that the pass may fill with hidden states; None for most of what is free.
         details: facts for the report, JSON values.
     """
 
@@ -87,6 +88,7 @@ class Context:
     progress: Progress
     workspace: Workspace
     offline: bool = False
+    max_vram: int | None = None
     details: PassDetails = field(default_factory=PassDetails)
 
     @property

@@ -75,6 +75,7 @@ def open_runner(
         seed=context.seed,
         teacher=teacher,
         leave=leave,
+        max_vram=context.max_vram,
     )
     if batches.given is not None:
         check_arguments(batches.given, runner.streamed.model)

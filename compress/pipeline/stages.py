@@ -112,6 +112,7 @@ def _job(run: Run, planned: PlannedPass, folder: Path | None, work: Path) -> Job
         dtype=recipe.dtype,
         seed=recipe.seed,
         max_ram=recipe.max_ram,
+        max_vram=recipe.max_vram,
         offline=recipe.offline,
         work=work,
     )

@@ -48,7 +48,7 @@ class Job:
 
     Attributes:
         name, settings: of the pass. folder: its input, None before there is one. original: the checkpoint of the recipe.
-        device: as the recipe names it; each process takes its own. dtype, seed, max_ram, offline: of the recipe.
+        device: as the recipe names it; each process takes its own. dtype, seed, max_ram, max_vram, offline: of the recipe.
         work: folder of the workspace. data: samples by data set, for processes that do not draw them.
     """
 
@@ -62,6 +62,7 @@ class Job:
     dtype: str
     seed: int
     max_ram: int | None
+    max_vram: int | None
     offline: bool
     work: Path
     data: Mapping[str, Any] = field(default_factory=dict)
@@ -83,6 +84,7 @@ class Job:
             dtype=self.dtype,
             seed=self.seed,
             max_ram=self.max_ram,
+            max_vram=self.max_vram,
             data=data,
             progress=progress,
             workspace=Workspace(self.work, processes if self.shared else ProcessGroup()),

@@ -16,7 +16,6 @@ from compress.recipe.entries import PassEntry
 from compress.recipe.messages import translate
 from compress.recipe.metric_entries import MetricEntry
 from compress.recipe.model import Recipe
-from compress.recipe.nodes import MAX_BYTES, decode, parse, unusable
 from compress.recipe.overrides import EXAMPLES, parse_set
 from compress.recipe.problems import (
     ListNode,
@@ -172,6 +171,8 @@ class _Files:
 
     def read(self, path: Path, parents: tuple[Path, ...], at: Place | None = None) -> MapNode | None:
         """The tree of a file, or None. ``parents`` are the files that extend it, ``at`` is the last ``extends``."""
+        from compress.recipe.nodes import MAX_BYTES, decode, parse  # `apply` reads no YAML and works without its reader
+
         origin = Origin(str(path), rank=len(parents))
         try:
             with path.open("rb") as file:
@@ -277,6 +278,8 @@ def _from_python(value: Any, path: tuple[str | int, ...], problems: list[Problem
     if isinstance(value, (list, tuple)):
         return ListNode([_from_python(item, (*path, i), problems) for i, item in enumerate(value)])
     if isinstance(value, str):
+        from compress.recipe.nodes import unusable
+
         if bad := unusable(value):
             problems.append(Problem(bad, path=path))
             return Scalar(None, "")

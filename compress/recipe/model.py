@@ -69,6 +69,11 @@ class Recipe(Settings):
     max_ram: ByteSize | None = Field(
         default=None, description="Most memory that the run may use, such as 8GiB. No limit by default."
     )
+    max_vram: ByteSize | None = Field(
+        default=None,
+        description="Most memory of a GPU that the hidden states of calibration may fill, with the work on a block, such as "
+        "20GB; the rest of them waits in files. By default nine tenths of what is free.",
+    )
     threads: int | None = Field(default=None, ge=1, description="Threads of computation. By default torch decides.")
     evaluate_at: Literal["stage", "end"] = Field(
         default="stage", description="Evaluate after every stage, or only at the end."

@@ -5,7 +5,6 @@ from __future__ import annotations
 import difflib
 import re
 
-from compress.recipe.nodes import parse
 from compress.recipe.problems import (
     ListNode,
     MapEntry,
@@ -129,6 +128,8 @@ def parse_set(text: str, rank: int, problems: list[Problem], option: str = "--se
         example = EXAMPLES[option]
         problems.append(Problem("expected KEY=VALUE", place, hint=f"as {option} {example}"))
         return None
+    from compress.recipe.nodes import parse
+
     before = len(problems)
     value = parse(text[position + 1 :], origin, problems)
     if len(problems) > before:

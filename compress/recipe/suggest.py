@@ -43,6 +43,7 @@ SYNONYMS: Mapping[str, Mapping[str, tuple[str, ...]]] = {
         output="output_dir out",
         threads="num_threads",
         max_ram="max_memory",
+        max_vram="max_gpu_memory",
         passes="modifiers pipeline stages",
         dtype="torch_dtype",
     ),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from compress.blockwise.device_room import DeviceRoom
 from compress.blockwise.inputs import Inputs
 from compress.blockwise.memory_budget import TOKENS_PER_BATCH
 from compress.blockwise.passage import Passage, WaitingValues
@@ -165,14 +166,21 @@ def test_tape_ends_where_it_could_not_be_run_again(between):
     assert torch.equal(tape.shown(0, [x], tape.run(0, [x], {}))[0], x)
 
 
-def test_waiting_values_are_read_as_they_were(tmp_path):
+@pytest.mark.parametrize("size", [0, 100, 1 << 20], ids=["in a file", "some on the device", "on the device"])
+def test_waiting_values_are_read_as_they_were(size, tmp_path):
     """Views of one memory still are, and those that are to be conjugated or negated have their own values."""
+    room = DeviceRoom(size, int)
+    room.learn()
     z = torch.randn(3, 4, dtype=torch.complex64)
     values = {4: z, 5: z[:, 1:].T, 6: z.conj(), 7: z.conj().imag, 8: torch.empty(0)}
-    waiting = WaitingValues(tmp_path, "cpu", [])
+    waiting = WaitingValues(tmp_path, "cpu", [], room)
     waiting.write(0, values)
     waiting.turn()
+    assert (room.left == size) == (size == 0)
     read = waiting.read(0)
     assert all(torch.equal(read[slot], value) for slot, value in values.items())
     read[4][0, 1] = 7
     assert read[5][0, 0] == 7
+    assert torch.equal(waiting.read(0, [4])[4], z)
+    waiting.turn()
+    assert room.left == size

@@ -228,8 +228,8 @@ r.yaml:3:7: seed: expected an integer, got '7'
 r.yaml:4:1: unknown key `stroe`
     4 | stroe: compact
       | ^^^^^
-   expected one of: model, output, store, seed, device, dtype, max_ram, threads, evaluate_at, document_separator, \
-max_shard_size, trust_remote_code, …; did you mean `store`?
+   expected one of: model, output, store, seed, device, dtype, max_ram, max_vram, threads, evaluate_at, \
+document_separator, max_shard_size, …; did you mean `store`?
 r.yaml:6:25: text/tran.txt: there is no such file
     6 |   calibration: {files: [text/tran.txt], samples: 0}
       |                         ^^^^^^^^^^^^^
@@ -469,10 +469,10 @@ def test_extends_mistakes_name_their_file(problems: Heads) -> None:
     Path("base.yaml").write_text(f"{GOOD}sede: 1\ngates: {{size: {{max: tiny}}}}\n")
     assert problems("extends: base.yaml\nstroe: stock\n") == [
         "r.yaml:2:1: unknown key `stroe`\n    2 | stroe: stock\n      | ^^^^^\n   expected one of: model, output, store, "
-        "seed, device, dtype, max_ram, threads, evaluate_at, document_separator, max_shard_size, trust_remote_code, …; "
+        "seed, device, dtype, max_ram, max_vram, threads, evaluate_at, document_separator, max_shard_size, …; "
         "did you mean `store`?",
         "base.yaml:5:1: unknown key `sede`\n    5 | sede: 1\n      | ^^^^\n   expected one of: model, output, store, "
-        "seed, device, dtype, max_ram, threads, evaluate_at, document_separator, max_shard_size, trust_remote_code, …; "
+        "seed, device, dtype, max_ram, max_vram, threads, evaluate_at, document_separator, max_shard_size, …; "
         "did you mean `seed`?",
         "base.yaml:6:21: max: expected a size such as 500MB or 4GiB, got 'tiny'\n    6 | gates: {size: {max: tiny}}\n"
         "      |                     ^^^^",

@@ -53,6 +53,7 @@ def test_resolved_writes_out_defaults(work: Path) -> None:
         "device": "auto",
         "dtype": "float32",
         "max_ram": None,
+        "max_vram": None,
         "threads": None,
         "evaluate_at": "stage",
         "document_separator": None,
