@@ -34,7 +34,8 @@ class Activations:
         self, path: Path, samples: int, shape: Sequence[int], dtype: torch.dtype, room: DeviceRoom | None = None
     ) -> None:
         self.path, self.samples, self.shape, self.dtype = path, samples, tuple(shape), dtype
-        self._room, self._held = room, None
+        self._room = room
+        self._held: HeldStates | None = None
         self._row = prod(self.shape) * torch.empty((), dtype=dtype).element_size()
         path.parent.mkdir(parents=True, exist_ok=True)
         self._file = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)

@@ -45,6 +45,9 @@ CASES = {
     "carve": ("llama", "carve_experts", {"experts": 6}),
 }  # fmt: skip
 
+#: Of `distance`: sums in another order tip choices that are nearly even; a pass that did something else would be at about 1.
+BOUND = 0.15
+
 
 def applied(case, out, device, **more):
     """Tensors of the result, and the report's part."""
@@ -70,7 +73,7 @@ def distance(case, a, b):
 def test_gpu_matches_cpu(case, tmp_path):
     here, _ = applied(case, tmp_path / "cpu", "cpu")
     there, _ = applied(case, tmp_path / "gpu", "cuda")
-    assert distance(case, there, here) <= 0.02
+    assert distance(case, there, here) <= BOUND
 
 
 def test_distillation_on_a_gpu_matches_that_on_the_cpu(tmp_path, pico_llama):
