@@ -76,8 +76,8 @@ class SavedHessians:
     def hessian(self, name: str) -> torch.Tensor:
         """Mean of x xᵀ over tokens [I, I]."""
         sums = self.sums(self.files[name])
-        result: torch.Tensor = sums["hessian"] / max(sums["tokens"], 1)
-        return result
+        result: torch.Tensor = sums["hessian"]
+        return result.div_(max(sums["tokens"], 1))
 
     def energy(self, name: str) -> float:
         """Mean of ||W x||² over tokens, with the tensor's own weights; positive."""

@@ -11,14 +11,17 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 from math import log
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
+from compress.architectures.model_map import model_map
 from compress.blockwise.memory_budget import TRIAL_GROUPS, TRIAL_SAMPLES, most_trials
 from compress.errors import CheckpointError, PassError
 from compress.models.loading import load_for_samples
 from compress.sensitivity.depth_states import BlockSet, KeptStates, Trials, WholeModel
+from compress.sensitivity.ends import divergence_by_blocks
 from compress.sensitivity.samples import Sample, SampleLoop
 from compress.solvers.racing import behind, expected_gain
 
@@ -353,8 +356,19 @@ def _blocks(name: str) -> BlockSet:
     return tuple(map(int, name.split("-")))
 
 
-def divergence(before: Checkpoint, after: Checkpoint, samples: Batches, *, dtype: str, device: str) -> float:
-    """Change of the outputs from one checkpoint to another, as in `choose_blocks`. Both models are in memory."""
+def divergence(
+    before: Checkpoint, after: Checkpoint, samples: Batches, *, dtype: str, device: str, work: Path
+) -> float:
+    """Change of the outputs from one checkpoint to another, as in `choose_blocks`.
+
+    One block is in memory where both have their blocks in one list, by written records; otherwise both models are.
+
+    Args:
+        work: folder of files of hidden states.
+    """
+    records = [model_map(one.spec).record for one in (before, after)]
+    if all(record.source == "written" and not record.stacks for record in records):
+        return divergence_by_blocks(before, after, samples, dtype=dtype, device=device, work=work)
     models: list[Any] = [load_for_samples(c, dtype=dtype, device=device) for c in (before, after)]
     logits = models[0].base_model is not models[0]
     total, tokens = 0.0, 0

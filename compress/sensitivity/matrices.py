@@ -3,18 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 from compress.architectures.model_map import ModelMap, model_map
+from compress.blockwise.block import Block
 from compress.blockwise.linears import TargetLinear, expert_linears, first_value, group_linears
+from compress.blockwise.memory_budget import PROBE_BYTES
+from compress.blockwise.probe import ProbeFn
+from compress.blockwise.results import TensorExtras
+from compress.blockwise.runner import BlockRunner
 from compress.checkpoint.values import Checkpoint
 from compress.data.batches import Batches
 from compress.errors import PassError
 from compress.models.loading import load_for_samples
 from compress.progress import Progress
+from compress.sensitivity.output_curvature import Gradients
 from compress.sensitivity.samples import SampleLoop, token_losses
+from compress.solvers.memory import parts_of
 from compress.solvers.quant_format import dequantize, fit, to_codes
 from compress.spec.formats import QuantFormat
 
@@ -34,25 +41,94 @@ class RoundingDelta:
     def __init__(self, quant_formats: Callable[[str, str], QuantFormat], options: Mapping[str, str]) -> None:
         """``quant_formats``: (tensor, option) ▶ its format. ``options``: option ▶ the option that it is measured by."""
         self.quant_formats, self.options = quant_formats, options
-        self._errors: dict[str, dict[str, float]] = {}
+        self.errors: dict[str, dict[str, float]] = {}
 
     def __call__(self, linear: TargetLinear, W_OI: torch.Tensor) -> dict[str, torch.Tensor]:
-        """ΔW of the options to measure."""
-        deltas, errors = {}, self._errors.setdefault(linear.tensor, {})
+        """ΔW of the options to measure, bfloat16."""
+        deltas, errors = {}, self.errors.setdefault(linear.tensor, {})
         for option in self.options:
             quant_format = self.quant_formats(linear.tensor, option)
             change = dequantize(to_codes(W_OI, quant_format, fit(W_OI, quant_format), torch.float32)).float() - W_OI
             errors[option] = errors.get(option, 1e-30) + float(change.square().sum())
             if option in self.options.values():
-                deltas[option] = change
+                deltas[option] = change.to(torch.bfloat16)
         return deltas
 
     def scaled(self, measured: Mapping[str, Mapping[str, float]]) -> dict[str, dict[str, float]]:
         """The divergences of all options, from those that were measured."""
         return {
-            name: {o: row[m] * self._errors[name][o] / self._errors[name][m] for o, m in self.options.items()}
+            name: {o: row[m] * self.errors[name][o] / self.errors[name][m] for o, m in self.options.items()}
             for name, row in measured.items()
         }
+
+
+class Divergences(NamedTuple):
+    """By tensor and choice, nats per token; the tensors in groups that read the same inputs; and a row for each block."""
+
+    by_tensor: dict[str, dict[str, float]]
+    groups: list[list[str]]
+    rows: list[dict[str, Any]]
+
+
+def block_divergences(runner: BlockRunner, title: str, probe: ProbeFn, setting: tuple[str, str]) -> Divergences:
+    """The same as `divergences`, with one block and some changes of its matrices in memory at a time.
+
+    Args:
+        runner: of the model as it is. title: of the progress bar. probe: yields the changes of a block's matrices. It may write
+            to ``block.details``, which are the rows of the result.
+
+    Raises:
+        PassError: the model predicts no tokens.
+    """
+    gradients = Gradients(runner.executor, runner.workspace.folder("gradients"), runner.progress)
+    gradients.samples = min(gradients.samples, SAMPLES)
+    mapped = model_map(runner.checkpoint.spec)
+
+    def measure(block: Block) -> dict[str, TensorExtras]:
+        if not gradients.known:
+            raise PassError(f"{setting[0]} needs a model that predicts tokens", fix=setting[1])
+        linears = {linear.name: linear for linear in block.linears}
+        divergence: dict[str, dict[str, float]] = {}
+        deltas: dict[str, dict[str, torch.Tensor]] = {}
+        for name, trials in probe(block):
+            deltas[name] = {choice: delta.to(torch.bfloat16) for choice, delta in trials.items()}
+            if sum(2 * delta.numel() for row in deltas.values() for delta in row.values()) >= PROBE_BYTES:
+                divergence |= _of_block(block, linears, deltas, gradients)
+                deltas.clear()
+        divergence |= _of_block(block, linears, deltas, gradients)
+        block.details["divergence"] = by_tensor(linears, with_cold_experts(mapped, linears, divergence))
+        block.details["groups"] = [list(dict.fromkeys(linear.tensor for linear in group)) for group in block.groups]
+        return {}
+
+    rows: list[Any] = list(runner.run(measure, title, before=gradients.measure).details)
+    return Divergences(
+        {name: row for block in rows for name, row in block.get("divergence", {}).items()},
+        [group for block in rows for group in block.get("groups", ())],
+        rows,
+    )
+
+
+def _of_block(
+    block: Block,
+    linears: Mapping[str, TargetLinear],
+    deltas: Mapping[str, Mapping[str, torch.Tensor]],
+    gradients: Gradients,
+) -> dict[str, dict[str, float]]:
+    """Divergences by matrix and choice of some matrices of a block."""
+    sums = {name: dict.fromkeys(row, 0.0) for name, row in deltas.items()}
+    handles = [linears[n].module.register_forward_hook(_product_hook(row, sums[n])) for n, row in deltas.items()]
+    tokens = 0
+    try:
+        for rows in gradients.replay(block) if deltas else ():
+            mask = block.token_mask(rows)
+            tokens += len(rows) * gradients.executor.inputs.length if mask is None else int(mask.sum())
+    finally:
+        for handle in handles:
+            handle.remove()
+    totals = [total for row in sums.values() for total in row.values()]
+    seen, *totals = block.view.processes.reduce_sum(tokens, *totals)
+    left = iter(totals)
+    return {name: {choice: 0.5 * next(left) / max(seen, 1) for choice in row} for name, row in sums.items()}
 
 
 def divergences(
@@ -205,9 +281,10 @@ def _product_hook(deltas: Mapping[str, torch.Tensor], sums: dict[str, float]) ->
 
         def backward(gradients: tuple[torch.Tensor, ...]) -> None:
             g = gradients[0].reshape(-1, gradients[0].shape[-1])
-            x, g = inputs.reshape(-1, inputs.shape[-1])[moved := g.any(-1)], g[moved]
+            x, g = inputs.reshape(-1, inputs.shape[-1])[moved := g.any(-1)].float(), g[moved].float()
             for choice, delta in deltas.items():
-                sums[choice] += float(((x @ delta.float().T) * g).sum(1).double().square().sum())
+                products = [((x @ delta[rows].float().T) * g[:, rows]).sum(1) for rows in parts_of(delta)]
+                sums[choice] += float(torch.stack(products).sum(0).double().square().sum())
 
         _behind(first_value(output)).register_prehook(backward)
 

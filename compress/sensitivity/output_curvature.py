@@ -196,6 +196,21 @@ class Gradients:
             yield rows, result
         stream.close()
 
+    def replay(self, block: Block) -> Iterator[list[int]]:
+        """Run the block forwards and backwards on its inputs, and yield numbers of samples after each batch of them.
+
+        Hooks on its modules see inputs, and gradients at the nodes that made their outputs. Padding has none.
+        """
+        stream = self._open(block.inputs.shape)
+        upstream = stream.before(block.index)
+        for rows in self.executor.batches(self.samples):
+            hidden = block.read_inputs(rows).requires_grad_()
+            with torch.enable_grad(), unfused(block.swaps):
+                output = block.forward(rows, hidden)
+            torch.autograd.grad(output, hidden, upstream.read(rows).to(output))
+            yield rows
+        stream.close()
+
     def by_outputs(self, block: Block) -> dict[str, torch.Tensor]:
         """Σ g gᵀ over tokens, float32 [O, O], at the outputs of a block's linears, by name; the block must be unchanged.
 

@@ -18,6 +18,7 @@ import torch
 
 from compress.solvers.hessian import damped, inverse_factor
 from compress.solvers.magnitude import keep_largest, keep_n_of_m
+from compress.solvers.memory import parts_of
 
 #: Above this size all is in float32; up to it the factor of H is in float64.
 _DOUBLE_LIMIT = 2048
@@ -33,8 +34,6 @@ _SETTLED = 3e-3
 _EACH = 10
 #: Weights that are worked on at a time on a CPU, few enough for its caches.
 _IN_CACHE = 1 << 16
-#: Rows of a symmetric product that are computed at a time on a CPU, from the diagonal on.
-_STRIP = 256
 #: Largest half width, relative, of the band around the last threshold that is searched first for the next one.
 _BAND = 0.05
 
@@ -44,10 +43,6 @@ class LayerProblem(NamedTuple):
 
     X_II: torch.Tensor
     """Damped H divided by the scales of its rows and columns, [in, in], float32."""
-    Q_II: torch.Tensor
-    """Eigenvectors of X, in columns, float32."""
-    L_I: torch.Tensor
-    """Eigenvalues of X, float32."""
     scale_I: torch.Tensor
     """sqrt(1 / (H⁻¹)_jj), float32."""
     damping: float
@@ -55,10 +50,7 @@ class LayerProblem(NamedTuple):
 
 
 def problem(H_II: torch.Tensor, damp: float = 0.01) -> LayerProblem:
-    """Return H, [in, in], float32 or float64, damped, scaled and decomposed.
-
-    The factor of H is in float64 up to 2048 inputs. The eigendecomposition is in float32: every use adds at least `_RHO` to the
-    eigenvalues, which are around 1.
+    """Return H, [in, in], float32 or float64, damped and scaled. The factor of H is in float64 up to 2048 inputs.
 
     Raises:
         ValueError: H holds NaN or infinite values.
@@ -72,9 +64,7 @@ def problem(H_II: torch.Tensor, damp: float = 0.01) -> LayerProblem:
         del U_II
         X_II = damped(H_II.to(precise), damping)[0]
     X_II.div_(scale_I).div_(scale_I[:, None])
-    X_II = X_II.float()
-    L_I, Q_II = torch.linalg.eigh(X_II)
-    return LayerProblem(X_II, Q_II, L_I, scale_I.float(), damping)
+    return LayerProblem(X_II.float(), scale_I.float(), damping)
 
 
 def alps(
@@ -129,7 +119,8 @@ def alps(
     B_OI = _admm(target_OI, this, _Projection(kept, pattern, earlier), max_iterations, growth)
     mask_OI = exactly(B_OI)
     B_OI *= mask_OI
-    B_OI = _conjugate_gradients(target_OI, this.X_II, mask_OI, B_OI, pcg_iterations, 1e-3)
+    for rows in parts_of(B_OI):  # on a given support outputs do not depend on one another
+        B_OI[rows] = _conjugate_gradients(target_OI[rows], this.X_II, mask_OI[rows], B_OI[rows], pcg_iterations, 1e-3)
     return B_OI.div_(this.scale_I).to(W_OI.dtype), mask_OI
 
 
@@ -235,7 +226,8 @@ def _admm(
 
     G_OI = target_OI @ this.X_II
     rho = _RHO
-    inverse_II = _inverse(this, rho)
+    inverse_II = torch.empty_like(this.X_II).mT
+    _invert(this, rho, inverse_II)
     B_OI = torch.empty_like(target_OI)
     work_OI = torch.empty_like(target_OI)  # holds D and the right-hand side in turn
     u_OI = torch.zeros_like(target_OI)
@@ -269,23 +261,21 @@ def _admm(
         changed = changed or not settled
         u_OI /= growth
         rho *= growth
-        inverse_II = _inverse(this, rho)
+        _invert(this, rho, inverse_II)
         for rows in parts:
             right_hand_side(rows)
     return B_OI
 
 
-def _inverse(this: LayerProblem, rho: float) -> torch.Tensor:
-    """Return (X + rho)⁻¹, [in, in]; on a CPU its upper part is computed and mirrored."""
-    scaled_II = this.Q_II / (this.L_I + rho)
-    if scaled_II.is_cuda:
-        return scaled_II @ this.Q_II.T
-    result_II = torch.empty_like(scaled_II)
-    for start in range(0, len(result_II), _STRIP):
-        stop = min(start + _STRIP, len(result_II))
-        torch.mm(scaled_II[start:stop], this.Q_II[start:].T, out=result_II[start:stop, start:])
-        result_II[stop:, start:stop] = result_II[start:stop, stop:].T
-    return result_II
+def _invert(this: LayerProblem, rho: float, out: torch.Tensor) -> None:
+    """Write (X + rho)⁻¹ into ``out``, [in, in], column-major as LAPACK wants it.
+
+    By a Cholesky factor, which costs half of what eigenvectors take for one rho, and they would have to be found first. In
+    float32: the eigenvalues of X are around 1, and rho is at least `_RHO`.
+    """
+    out.copy_(this.X_II).diagonal().add_(rho)
+    torch.linalg.cholesky(out, out=out)
+    torch.cholesky_inverse(out, out=out)
 
 
 def _conjugate_gradients(

@@ -216,7 +216,8 @@ def solve_down(W_OA: torch.Tensor, cross_AA: torch.Tensor, gram_AA: torch.Tensor
         diagonal_A = damped_diagonal(gram_AA, damp)
         damped_AA = gram_AA.clone()
         damped_AA.diagonal().copy_(diagonal_A)
-        factor_AA, failed = torch.linalg.cholesky_ex(damped_AA)
+        factor_AA, failed = damped_AA.mT, torch.empty((), dtype=torch.int32, device=gram_AA.device)
+        torch.linalg.cholesky_ex(factor_AA, out=(factor_AA, failed))  # in place: column-major, as LAPACK wants it
         if not int(failed):
             target_OA = weight @ cross_AA + weight * (diagonal_A - gram_AA.diagonal())
             return torch.cholesky_solve(target_OA.mT, factor_AA).mT.contiguous()

@@ -9,6 +9,9 @@ import torch
 
 from compress.solvers.hessian import inverse_factor
 
+#: Columns of H that are in float64 at a time.
+_COLUMNS = 2048
+
 
 def low_rank(
     W_OI: torch.Tensor, H_II: torch.Tensor, rank: int
@@ -31,15 +34,19 @@ def low_rank(
     Source: the result of SVD-LLM (arXiv 2403.07378).
     """
     wide_OI, damping = W_OI.double(), 0.0
-    H = H_II.double()
     if len(W_OI) <= W_OI.shape[1]:
-        eigenvalues, P_OO = torch.linalg.eigh(wide_OI @ H @ wide_OI.T)
+        product_OO = wide_OI.new_zeros(len(W_OI), len(W_OI))
+        for start in range(0, W_OI.shape[1], _COLUMNS):
+            columns = slice(start, start + _COLUMNS)
+            product_OO.addmm_(wide_OI @ H_II[:, columns].double(), wide_OI[:, columns].T)
+        eigenvalues, P_OO = torch.linalg.eigh(product_OO)
         A = P_OO[:, -rank:].flip(1)
         B = A.T @ wide_OI
     else:
-        U_II, damping = inverse_factor(H, 1e-6)
+        U_II, damping = inverse_factor(H_II.double(), 1e-6)
         # H = (Uᵀ U)⁻¹, so ||E U⁻¹||² is the output error of E
         white_OI = torch.linalg.solve_triangular(U_II, wide_OI, upper=True, left=False)
+        del wide_OI
         eigenvalues, Q_II = torch.linalg.eigh(white_OI.T @ white_OI)
         Q = Q_II[:, -rank:].flip(1)
         A, B = white_OI @ Q, Q.T @ U_II

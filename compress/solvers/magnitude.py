@@ -32,11 +32,11 @@ class MaskedTensor(Protocol):
 
 
 def scores(values: torch.Tensor, earlier: torch.Tensor | None) -> torch.Tensor:
-    """Return int64 keys in the order of |w|, of the shape of ``values``; -1 for weights that an earlier mask removed.
+    """Return int32 keys in the order of |w|, of the shape of ``values``; -1 for weights that an earlier mask removed.
 
     float64 values are rounded to float32 first.
     """
-    keys = values.abs().to(torch.float32).contiguous().view(torch.int32).to(torch.int64)
+    keys = values.abs().to(torch.float32).contiguous().view(torch.int32)
     return keys if earlier is None else torch.where(earlier, keys, -1)
 
 

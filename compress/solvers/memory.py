@@ -57,10 +57,12 @@ class SolverMemory:
 
 #: A run that reads activations only.
 NO_SOLVER = SolverMemory(hessians=0, weights=0, kept=0)
-#: Pruning: the inverse factor of the Hessian (SparseGPT), or its eigenvectors and their products (ALPS). Masks are kept.
+#: Rounding on trial, without inputs.
+ROUNDED = SolverMemory(hessians=-1, weights=6, kept=0)
+#: Pruning: the inverse factor of the Hessian (SparseGPT), or the scaled Hessian and its inverse (ALPS). Masks are kept.
 WANDA = SolverMemory(hessians=0, weights=4, kept=1)
 SPARSEGPT = SolverMemory(hessians=1, weights=4, kept=1)
-ALPS = SolverMemory(hessians=4, weights=10, kept=1)
+ALPS = SolverMemory(hessians=2, weights=6, kept=1, in_parts=(1, 2.5, 12))
 #: Pruning of units: H⁻¹ and H among the remaining units; with biases also the Hessian less the products of the means.
 OBS = SolverMemory(hessians=1.2, weights=4, kept=0)
 OBS_WITH_BIAS = SolverMemory(hessians=2.2, weights=4, kept=0)
@@ -71,15 +73,21 @@ GPTQ = SolverMemory(hessians=1, weights=5, kept=2.1, in_parts=(1, 2, 11))
 GPTQ_CORRECTED = SolverMemory(hessians=2, weights=5, kept=2.1, in_parts=(2, 1.25, 10))
 #: Trellis codes: the rotated Hessian, damped, and the factors of both. States are kept.
 TRELLIS = SolverMemory(hessians=5, weights=8, kept=2.1)
-#: Codebooks by weighted k-means and GPTQ. Codes are kept as floats and bytes.
-CODEBOOK = SolverMemory(hessians=4, weights=8, kept=5)
-#: Low-rank factors: the Hessian's eigenvectors and roots. Factors are kept.
-LOW_RANK = SolverMemory(hessians=6, weights=8, kept=4)
-#: One matrix for a group of blocks.
-SHARED_MATRIX = SolverMemory(hessians=4, weights=12, kept=0)
-#: Neurons carved into experts: H⁻¹, and two products of activations, with a copy for the solution.
-CARVING = SolverMemory(hessians=4, weights=4, kept=0)
+#: Codebooks by weighted k-means and GPTQ, towards the original's outputs. Codes are kept as bytes.
+CODEBOOK = SolverMemory(hessians=1, weights=6, kept=1.1, in_parts=(2, 1.25, 10))
+#: Low-rank factors: towards the original's outputs on parts, then the eigenvectors of a product in float64. Factors are kept.
+LOW_RANK = SolverMemory(hessians=0, weights=8, kept=4, in_parts=(2, 1.25, 6))
+#: One matrix for a group of blocks, whose Hessians and weights are read one by one: their sum, its factor, and two copies.
+SHARED_MATRIX = SolverMemory(hessians=3, weights=6, kept=0)
+#: Matrices of the likeness of units of two blocks, float64.
+MATCHED = 2
+#: Bytes for each number of an embedding table: tables in two bytes and the new one; or in float64, three at a time.
+TIED_TABLES, THIN_TABLES = 12, 28
+#: Neurons carved into experts: sums of two products of activations, and the factor of one.
+CARVING = SolverMemory(hessians=2, weights=5, kept=0)
 #: Bytes of a neuron's activity on the tokens that experts are chosen by, for all neurons of an MLP together.
 ENERGY_BYTES = 256 << 20
-#: Latent attention: three moments of the inputs, and the projections in float64.
-LATENT = SolverMemory(hessians=4, weights=8, kept=0)
+#: Latent attention: moments of the inputs in float64, where Hessians are in float32; then so many float64 matrices of the
+#: projections and what is made of them, without a block in memory.
+LATENT = SolverMemory(hessians=12, weights=0, kept=0)
+SOLVED_LATENT = 20

@@ -22,7 +22,8 @@ def shared_matrix(
 
     Args:
         W_BOI: weights of each block, [out, in].
-        H_BII: sum of x xᵀ of each block, [in, in], times the weight of its errors; the work is in float64.
+        H_BII: sum of x xᵀ of each block, [in, in], times the weight of its errors; the work is in its dtype. Both are read one
+            block at a time, so they may be in files.
         damp: damping in units of the mean of the diagonal of Σ H_b.
 
     Returns:
@@ -31,11 +32,20 @@ def shared_matrix(
     Raises:
         ValueError: an H holds NaN or infinite values.
     """
-    mean_OI = torch.stack([W.double() for W in W_BOI]).mean(0)
-    total_II = torch.stack([H.double() for H in H_BII]).sum(0)
-    pull_OI = sum(((W.double() - mean_OI) @ H.double() for W, H in zip(W_BOI, H_BII, strict=True)), torch.zeros(()))
+    dtype, count = H_BII[0].dtype, len(W_BOI)
+    mean_OI = W_BOI[0].to(dtype, copy=True)
+    for b in range(1, count):
+        mean_OI += W_BOI[b]
+    mean_OI /= count
+    total_II, pull_OI = torch.zeros_like(H_BII[0]), torch.zeros_like(mean_OI)
+    for b in range(count):
+        H_II = H_BII[b]
+        total_II += H_II
+        pull_OI.addmm_(W_BOI[b].to(dtype) - mean_OI, H_II)
+        del H_II
     U_II, damping = inverse_factor(total_II, damp)
-    return (mean_OI + (pull_OI @ U_II.T) @ U_II).to(W_BOI[0].dtype), damping
+    del total_II
+    return mean_OI.add_((pull_OI @ U_II.T) @ U_II).to(W_BOI[0].dtype), damping
 
 
 def pair_cost(W_OI: torch.Tensor, V_OI: torch.Tensor, h_I: torch.Tensor, k_I: torch.Tensor) -> float:

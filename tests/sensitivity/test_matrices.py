@@ -50,6 +50,54 @@ def test_divergences_match_the_model(family, folders, data):
     assert 0.2 < found[name]["int6"] / kl < 5
 
 
+@pytest.mark.parametrize("family", ["llama", "mixtral"])
+def test_divergences_by_block_are_those_of_the_whole_model(family, folders, data, tmp_path, monkeypatch):
+    from compress.blockwise.inputs import Inputs
+    from compress.blockwise.runner import BlockRunner
+    from compress.progress import SilentProgress
+    from compress.sensitivity import matrices, output_curvature, samples
+    from compress.workspace import Workspace
+
+    for module in (output_curvature, samples):
+        monkeypatch.setattr(module, "draw", lambda logits, generator: logits.argmax(-1))
+    monkeypatch.setattr(matrices, "PROBE_BYTES", 1 << 13)  # some matrices at a time
+    checkpoint = open_checkpoint(folders[family])
+    names = [
+        n for n, t in checkpoint.spec.tensors.items() if ".layers." in n and len(t.shape) == 2 and ".gate." not in n
+    ]
+    ids, mask = data.ids[:4], torch.arange(data.ids.shape[1]) < torch.tensor([9, 12, 5, 12])[:, None]
+    whole, groups = matrices.divergences(
+        checkpoint,
+        names,
+        lambda linear, weight: {"less": 0.01 * weight, "none": 0 * weight},
+        Batches(ids, mask),
+        setting=("", ""),
+        device="cpu",
+        seed=0,
+        progress=SilentProgress(),
+    )
+    runner = BlockRunner(
+        checkpoint,
+        Inputs(Batches(ids, mask).values, mask),
+        set(names),
+        workspace=Workspace(tmp_path),
+        dtype="float32",
+        device="cpu",
+        progress=SilentProgress(),
+        with_targets=False,
+    )
+
+    def probe(block):
+        for linear in block.linears:
+            yield linear.name, {"less": 0.01 * linear.weight, "none": 0 * linear.weight}
+
+    found = matrices.block_divergences(runner, "", probe, ("", ""))
+    assert found.by_tensor.keys() == whole.keys() == set(names)
+    for name in names:
+        assert found.by_tensor[name] == pytest.approx(whole[name], rel=1e-3)
+    assert sorted(map(sorted, found.groups)) == sorted(map(sorted, groups))
+
+
 def test_divergences_of_other_groups_follow_weight_error(folders, data):
     from compress.progress import SilentProgress
     from compress.sensitivity.matrices import RoundingDelta, divergences

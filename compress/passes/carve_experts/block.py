@@ -89,6 +89,8 @@ def carve_block(block: Block, options: CarveOptions) -> dict[str, TensorExtras]:
         options.results.save_tensors(
             f"{block.index:05}", {"expert": carving.expert_A.cpu(), "router": carving.router_EI.cpu().contiguous()}
         )
+        energy = _energy(down.weight, hessian)
+        del hessian
         routing = Routing(carving, options.sizes.active)
         cross, gram, counts = _products(block, gate, down, routing)
         before = down.weight.clone()
@@ -96,7 +98,7 @@ def carve_block(block: Block, options: CarveOptions) -> dict[str, TensorExtras]:
             solved = solve_down(down.weight, cross, gram).to(down.weight.dtype)
             block.view.processes.broadcast(0, solved)
             down.weight.copy_(solved)
-        block.details["tensors"] = {down.name: {"error": _error(before, down.weight, cross, gram, hessian)}}
+        block.details["tensors"] = {down.name: {"error": _error(before, down.weight, cross, gram, energy)}}
         names = [f"{down.name.removesuffix('.down_proj.weight')}.experts.{e}" for e in range(options.sizes.count)]
         block.details["experts"] = {"tokens": block.view.tokens, "reached": dict(zip(names, counts, strict=True))}
         routing.attach(gate.module, down.module)
@@ -185,18 +187,25 @@ def _products(
             counts += (weights > 0).sum(0)
             h = h.float()
             m = h * routing.spread(weights)
-            cross += h.T @ m
-            gram += m.T @ m
+            for total, left in ((cross, h), (gram, m)):
+                if total.dtype == torch.float32:
+                    total.addmm_(left.T, m)
+                else:
+                    total += left.T @ m
     block.view.processes.all_reduce(cross, gram, counts)
     return cross, gram, [int(count) for count in counts]
 
 
+def _energy(W: torch.Tensor, hessian: torch.Tensor) -> float:
+    """Σ ‖W h‖²."""
+    W = W.to(hessian.dtype)
+    return float(((W @ hessian) * W).sum())
+
+
 def _error(
-    before: torch.Tensor, after: torch.Tensor, cross: torch.Tensor, gram: torch.Tensor, hessian: torch.Tensor
+    before: torch.Tensor, after: torch.Tensor, cross: torch.Tensor, gram: torch.Tensor, whole: float
 ) -> float | None:
     """Σ ‖W h - V m‖² over Σ ‖W h‖², for W before and V after; None where no neuron was active."""
     W, V = before.to(gram.dtype), after.to(gram.dtype)
-    hessian = hessian.to(gram.dtype)
-    whole = float(((W @ hessian) * W).sum())
     lost = whole - 2 * float(((W @ cross) * V).sum()) + float(((V @ gram) * V).sum())
     return max(0.0, lost) / whole if whole > 0 else None

@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING, ClassVar
 from compress.architectures.conversions.experts import carved, neurons
 from compress.architectures.model_map import model_map
 from compress.passes.base import Context, InputMultiple, Pass, Storage
-from compress.passes.blockwise import runner_memory
 from compress.passes.carve_experts.plan import MLP, dense_blocks, expert_sizes
 from compress.passes.carve_experts.settings import CarveExpertsSettings
-from compress.solvers.memory import CARVING, ENERGY_BYTES
+from compress.passes.memory import runner_memory
+from compress.solvers.memory import CARVING
 from compress.spec.spec import Spec
 
 if TYPE_CHECKING:
@@ -57,11 +57,10 @@ class CarveExperts(Pass[CarveExpertsSettings]):
         return carved(spec, sizes, dense_blocks(spec, settings))
 
     def memory(self, spec: Spec, settings: CarveExpertsSettings, width: int) -> int:
-        """Bytes of the block runner, and of the activity of one MLP's neurons on stored tokens."""
+        """Bytes of the block runner."""
         mapped, tuned = model_map(spec), settings.repair == "tune"
         names = {x.name for x in mapped.layers if len(x.tensor.shape) == 2 and (tuned or x.part in MLP)}
-        runner = runner_memory(spec, names, width, CARVING, reconstruction="floats" if tuned else None)
-        return runner + 3 * ENERGY_BYTES
+        return runner_memory(spec, names, width, CARVING, reconstruction="floats" if tuned else None)
 
     def plan_notes(self, spec: Spec, settings: CarveExpertsSettings) -> list[str]:
         """The neurons that a token uses."""

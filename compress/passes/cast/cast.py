@@ -10,9 +10,6 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 from compress.architectures.model_map import model_map
 from compress.errors import PassError
 from compress.passes.base import EDITED, Context, InputMultiple, Mode, Pass, Storage
-from compress.passes.blockwise import (
-    runner_memory,
-)
 from compress.passes.cast.allocation import allocate_formats
 from compress.passes.cast.budget import assumed
 from compress.passes.cast.plan import (
@@ -28,8 +25,9 @@ from compress.passes.cast.plan import (
     without_scales,
 )
 from compress.passes.cast.settings import DTYPES, CastSettings
+from compress.passes.memory import divergence_memory, runner_memory
 from compress.passes.work import DataSizes, SampleSize, Tuning, runner_work
-from compress.solvers.memory import GPTQ, GPTQ_CORRECTED, NO_SOLVER, TRELLIS
+from compress.solvers.memory import GPTQ, GPTQ_CORRECTED, NO_SOLVER, ROUNDED, TRELLIS
 from compress.spec.formats import FIXED_GROUPS, INTEGERS, QuantFormat
 from compress.spec.spec import Spec
 from compress.work import Work
@@ -130,13 +128,12 @@ class Cast(Pass[CastSettings]):
         return replace(planned(spec, settings, among.quant_formats(chosen)), exact=False)
 
     def memory(self, spec: Spec, settings: CastSettings, width: int) -> int | None:
-        """Bytes of the block runner; with a budget also of the model and of every format's change of it in bfloat16."""
+        """Bytes of the block runner; with a budget also of measuring divergences."""
         quant_formats = [t for t in self.plan(spec, settings).tensors.values() if t.quant_format is not None]
-        measuring = (
-            4 * spec.parameters + 2 * len(settings.formats) * sum(t.count for t in quant_formats)
-            if settings.budgeted
-            else 0
-        )
+        measuring = 0
+        if settings.budgeted:
+            probes = len(set(settings.options.values()))
+            measuring = divergence_memory(spec, undecided(spec, settings), width, ROUNDED, probes)
         if not settings.solved:
             cached = runner_memory(spec, [], width, NO_SOLVER) if settings.static_cache else 0
             return max(measuring, cached) or None

@@ -70,7 +70,7 @@ class CastSettings(PassSettings):
         le=16,
         description="Budget: average bits per weight over all cast matrices, scales included. Each matrix gets one of "
         "`formats`, so that the KL divergence of the model's predictions is least. The divergence is estimated from "
-        "gradients on 32 samples, to second order (Fisher information), with the whole model in memory.",
+        "gradients on 32 samples, to second order (Fisher information), with one block in memory.",
     )
     max_bytes: ByteSize | None = Field(
         default=None,

@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from compress.architectures.model_map import model_map
+from compress.passes.allocation import probed_divergences
 from compress.passes.base import Context
-from compress.passes.blockwise import measured_divergences, open_runner
 from compress.passes.factorize.plan import ALLOCATION, uniform_ranks
 from compress.passes.factorize.settings import FactorizeSettings
 from compress.solvers.knapsack import choose
@@ -27,19 +27,16 @@ def allocate_ranks(checkpoint: Checkpoint, settings: FactorizeSettings, context:
     def measured() -> dict[str, Any] | None:
         from compress.passes.factorize.block import probe_factors
 
-        runner = open_runner(checkpoint, uniform, context, workspace=workspace, with_targets=False)
-        read, energies = probe_factors(runner, uniform)
-        if context.processes.rank:
+        probe, names = probe_factors(uniform), list(uniform)
+        result = probed_divergences(checkpoint, names, probe, "factorising on trial", ALLOCATION, context, workspace)
+        if result is None:
             return None
-
-        losses, _ = measured_divergences(
-            checkpoint, list(uniform), lambda linear, _: read(linear.name), ALLOCATION, context
-        )
-        divergence = {n: row["trial"] for n, row in losses.items()}
+        energies = {name: spectrum for row in result.rows for name, spectrum in row.get("energies", {}).items()}
+        divergence = {n: row["trial"] for n, row in result.by_tensor.items()}
         ranks = _knapsack(spec, uniform, energies, divergence, settings.multiple_of or 1)
         return {
             "ranks": ranks,
-            "divergence": {n: row["trial"] for n, row in losses.items()},
+            "divergence": divergence,
             "measured_at": uniform,
         }
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,10 +12,9 @@ from compress.blockwise.asymmetric import InputMismatch, statistics_of
 from compress.blockwise.block import Block
 from compress.blockwise.hessians import InputStatistics
 from compress.blockwise.linears import TargetLinear
-from compress.blockwise.probe import probe_matrices
+from compress.blockwise.probe import ProbeFn
 from compress.blockwise.reconstruct import Reconstruction, TrainableTensor, reconstruct_block, trainable_floats
 from compress.blockwise.results import TensorExtras
-from compress.blockwise.runner import BlockRunner
 from compress.blockwise.solve import solve_block
 from compress.solvers.gptq import act_order_factor, asymmetric_target
 from compress.solvers.low_rank import low_rank
@@ -133,6 +132,9 @@ def _solve(
         weight = asymmetric_target(
             weight, mismatch.inputs, mismatch.residual.get(linear.name), shared["factor"], shared["order"]
         )
+        mismatch.release()
+        if not mismatch.readers:  # all matrices of the group have their target
+            shared.clear()
     up, down, _, damping = low_rank(weight, hessian, rank)
     row: dict[str, Any] = {"error": statistics.relative_error(before, up @ down)}
     if damping > 1e-6:
@@ -140,23 +142,18 @@ def _solve(
     return up.to(linear.weight.dtype), down.to(linear.weight.dtype), row
 
 
-def probe_factors(
-    runner: BlockRunner, ranks: Mapping[str, int]
-) -> tuple[Callable[[str], dict[str, torch.Tensor]], dict[str, list[float]]]:
-    """Change of each wanted matrix if it alone were factorised at these ranks, see `probe.probe_matrices`.
+def probe_factors(ranks: Mapping[str, int]) -> ProbeFn:
+    """Change of each wanted matrix of a block if it alone were factorised at these ranks, under ``trial``.
 
-    Returns:
-        A function from a tensor's name to its ΔW, under ``trial``; and the energies of each tensor, see `low_rank`.
+    ``block.details["energies"]`` gets the energies of each tensor, see `low_rank`.
     """
 
     def measure(block: Block) -> Iterator[tuple[str, dict[str, torch.Tensor]]]:
-        energies = {}
+        energies = block.details.setdefault("energies", {})
         for group, statistics, _ in block.statistics():
-            for linear in group if not block.view.processes.rank else ():
+            for linear in group:
                 up, down, spectrum, _ = low_rank(linear.weight.float(), statistics.hessian, ranks[linear.name])
                 energies[linear.name] = spectrum.tolist()
-                yield linear.name, {"trial": up @ down - linear.weight}
-        block.details["energies"] = block.view.processes.broadcast_object(0, energies)
+                yield linear.name, {"trial": (up @ down - linear.weight).bfloat16()}
 
-    read, rows = probe_matrices(runner, "factorising on trial", measure)
-    return read, {name: spectrum for row in rows for name, spectrum in row.get("energies", {}).items()}
+    return measure

@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 from compress.architectures.model_map import model_map
 from compress.checkpoint.edits.factors import factored
 from compress.passes.allocation import require_divergence
 from compress.passes.base import Context, InputMultiple, Pass, Storage
-from compress.passes.blockwise import (
-    open_runner,
-    runner_memory,
-)
+from compress.passes.blockwise import open_runner
 from compress.passes.factorize.allocation import allocate_ranks
 from compress.passes.factorize.plan import ALLOCATION, targets, uniform_ranks
 from compress.passes.factorize.settings import FactorizeSettings
 from compress.passes.factorize.work import factorize_work
+from compress.passes.memory import divergence_memory, runner_memory
 from compress.passes.work import DataSizes
 from compress.solvers.memory import LOW_RANK
 from compress.spec.spec import Spec
@@ -56,21 +55,20 @@ class Factorize(Pass[FactorizeSettings]):
 
     def plan(self, spec: Spec, settings: FactorizeSettings) -> Spec:
         """Exact, except with `allocation: kl`: then the plan assumes that all matrices matter alike."""
-        from dataclasses import replace
-
         ranks = uniform_ranks(spec, settings)
         if settings.by_divergence:
             require_divergence(spec, ranks, ALLOCATION)
         return replace(factored(spec, ranks), exact=spec.exact and not settings.by_divergence)
 
     def memory(self, spec: Spec, settings: FactorizeSettings, width: int) -> int | None:
-        """Bytes of the block runner; with `allocation: kl` at least of the model in float32 and all probes in bfloat16."""
+        """Bytes of the block runner; with `allocation: kl` also of measuring divergences."""
         names = targets(spec, settings)
         reconstruction: Literal["floats"] | None = "floats" if settings.reconstruction_epochs else None
-        runner = runner_memory(spec, names, width, LOW_RANK, reconstruction=reconstruction)
+        solver = replace(LOW_RANK, kept=4 * (settings.keep_parameters or 1))
+        runner = runner_memory(spec, names, width, solver, reconstruction=reconstruction)
         if not settings.by_divergence:
             return runner
-        return max(runner, 4 * spec.parameters + 2 * sum(spec.tensors[n].count for n in names))
+        return max(runner, divergence_memory(spec, names, width, LOW_RANK, 1))
 
     def work(self, spec: Spec, settings: FactorizeSettings, sizes: DataSizes) -> Work | None:
         """Work of the block runner, and of measuring divergences where they allocate the ranks."""

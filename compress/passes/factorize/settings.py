@@ -40,7 +40,7 @@ class FactorizeSettings(PassSettings):
     allocation: Literal["kl", "uniform"] = Field(
         default_factory=EFFORTS.of("allocation"),
         description="With `keep_parameters`: how ranks are distributed. `kl`: each matrix gets the rank of least KL "
-        "divergence of the model's predictions, estimated from gradients with the whole model in memory; some matrices may "
+        "divergence of the model's predictions, estimated from gradients with one block in memory; some matrices may "
         "stay whole. `uniform`: every matrix keeps the same share.",
     )
     reconstruction_epochs: int = Field(

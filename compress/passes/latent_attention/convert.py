@@ -161,6 +161,7 @@ class Conversion:
             data.last(min(_HELD_OUT, len(data.ids))),
             dtype=self.context.dtype,
             device=self.context.device,
+            work=self.context.workspace.path,
         )
         trial.remove()
         return result

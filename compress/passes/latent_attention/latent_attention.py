@@ -9,10 +9,10 @@ from compress.architectures.conversions.latent import whole_cache
 from compress.architectures.model_map import model_map
 from compress.errors import PassError
 from compress.passes.base import Context, Pass
-from compress.passes.blockwise import runner_memory
-from compress.passes.latent_attention.plan import planned, shape_of
+from compress.passes.latent_attention.plan import TIMED_BLOCKS, planned, shape_of
 from compress.passes.latent_attention.settings import LatentAttentionSettings
-from compress.solvers.memory import LATENT
+from compress.passes.memory import comparison_memory, largest_block, runner_memory
+from compress.solvers.memory import LATENT, NO_SOLVER, SOLVED_LATENT
 from compress.spec.spec import Spec
 
 if TYPE_CHECKING:
@@ -74,19 +74,20 @@ class LatentAttention(Pass[LatentAttentionSettings]):
         return notes
 
     def memory(self, spec: Spec, settings: LatentAttentionSettings, width: int) -> int | None:
-        """Bytes of the block runner and its teacher; of both whole models, to try splits of `max_cache`."""
-        mapped, after = model_map(spec), model_map(planned(spec, settings))
-        peak = 0
-        for one in (mapped, after):
-            names = {x.name for x in one.layers if len(x.tensor.shape) == 2}
-            tuned = settings.repair == "tune" and one is after
-            peak = max(peak, runner_memory(one.spec, names, width, LATENT, reconstruction="floats" if tuned else None))
+        """Bytes of measuring moments, of solving, of tuning beside the original, and of decoding or comparing on trial."""
+        after = planned(spec, settings)
+        mapped, other = model_map(spec), model_map(after)
+        attention = mapped.record.attention
+        assert attention is not None
+        parts = (attention.query, attention.key, attention.value)
+        own = [x for x in mapped.layers if x.part in parts]
+        peak = runner_memory(spec, {x.name for x in own}, width, LATENT, gradients=True)
+        peak = max(peak, SOLVED_LATENT * 8 * max((x.O * x.I for x in own), default=0))
         if settings.repair == "tune":
-            largest = max(sum(t.count for t in block.stored()) for block in mapped.blocks)
-            peak += width * (sum(t.count for t in mapped.outside) + largest)
-        if settings.max_cache is not None:
-            peak = max(peak, width * (spec.parameters + after.spec.parameters))
-        return peak
+            names = {x.name for x in other.layers if len(x.tensor.shape) == 2}
+            peak = max(peak, runner_memory(after, names, width, NO_SOLVER, reconstruction="floats", teacher=spec))
+        timed = width * TIMED_BLOCKS * (largest_block(spec) + largest_block(after))
+        return max(peak, timed, comparison_memory(spec, after, width) if settings.max_cache is not None else 0)
 
     def prepare(self, checkpoint: Checkpoint, settings: LatentAttentionSettings, context: Context) -> None:
         """Refuse fewer tokens than channels: components of so few would be noise. The whole cache needs none to be chosen."""

@@ -10,6 +10,9 @@ from compress.spec.spec import Spec
 #: Share of the budget that keys are expected to get; trials decide.
 _KEYS = 0.55
 
+#: Blocks of which decoding is timed.
+TIMED_BLOCKS = 2
+
 
 def budget(spec: Spec, settings: LatentAttentionSettings) -> int:
     """Numbers per token and block that keys and values may have together, without the constant channel, with `max_cache`."""

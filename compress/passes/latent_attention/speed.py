@@ -13,10 +13,11 @@ from compress.evaluation.prefill import decode_ratio
 from compress.models.loading import load_checkpoint
 from compress.models.noise import with_noise
 from compress.passes.base import Context
+from compress.passes.latent_attention.plan import TIMED_BLOCKS
 from compress.spec.spec import Spec
 
-#: Blocks that are timed, and cached tokens before the timed one where the model was trained on so many.
-_BLOCKS, _TOKENS = 2, 768
+#: Cached tokens before the timed one where the model was trained on so many, and most rows of the tables.
+_TOKENS, _ROWS = 768, 256
 
 
 def decode(before: Checkpoint, after: Checkpoint, context: Context) -> dict[str, float]:
@@ -38,9 +39,15 @@ def _blocks(checkpoint: Checkpoint, context: Context) -> Any:
 
 
 def _first(spec: Spec) -> Spec:
-    """The spec of a model with the first blocks alone."""
+    """The spec of a model with the first blocks alone, and few rows of the tables."""
     mapped = model_map(spec)
-    keep = range(min(_BLOCKS, mapped.depth))
-    tensors = {n: t for n, t in spec.tensors.items() if mapped.block_of(n) in (None, *keep)}
+    keep = range(min(TIMED_BLOCKS, mapped.depth))
     config = mapped.record.cut_depth(spec.structure.config, keep)
+    rows = config["vocab_size"]
+    tensors = {n: t for n, t in spec.tensors.items() if mapped.block_of(n) in keep}
+    for name, tensor in spec.tensors.items():
+        if mapped.block_of(name) is None:
+            table = tensor.shape[:1] == (rows,)
+            tensors[name] = replace(tensor, shape=(min(rows, _ROWS), *tensor.shape[1:])) if table else tensor
+    config = {**config, "vocab_size": min(rows, _ROWS), "pad_token_id": None}
     return replace(spec, tensors=tensors, structure=replace(spec.structure, config=config))

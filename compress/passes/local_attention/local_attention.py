@@ -14,6 +14,8 @@ from compress.passes.local_attention.divergence import choose
 from compress.passes.local_attention.repair import repaired, tuning_memory
 from compress.passes.local_attention.settings import LocalAttentionSettings
 from compress.passes.local_attention.stock import planned, with_windows
+from compress.passes.memory import runner_memory
+from compress.solvers.memory import NO_SOLVER
 from compress.spec.spec import Spec
 
 if TYPE_CHECKING:
@@ -93,10 +95,12 @@ class LocalAttention(Pass[LocalAttentionSettings]):
         return repaired(checkpoint, result, chosen, settings, context)
 
     def memory(self, spec: Spec, settings: LocalAttentionSettings, width: int) -> int | None:
-        """Bytes of the training that `tune_epochs` asks for, or of two models in float32 for `sink_steps`."""
+        """Bytes of the training that `tune_epochs` asks for, of two models for `sink_steps`, or of gradients by block."""
         if settings.tune_epochs:
             return tuning_memory(self.plan(spec, settings), settings, width)
-        return 2 * 4 * spec.parameters if settings.sink_steps else None
+        if settings.sink_steps:
+            return 2 * 4 * spec.parameters
+        return runner_memory(spec, [], width, NO_SOLVER, gradients=True) if settings.measured else None
 
     def plan_notes(self, spec: Spec, settings: LocalAttentionSettings) -> list[str]:
         """Remarks on repair, on copying, and on prompts in stock transformers."""

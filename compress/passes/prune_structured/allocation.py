@@ -5,9 +5,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from compress.architectures.model_map import model_map
-from compress.passes.allocation import UNEVEN, probe_sparsities
+from compress.passes.allocation import UNEVEN, probe_sparsities, probed_divergences
 from compress.passes.base import Context
-from compress.passes.blockwise import measured_divergences, open_runner
 from compress.passes.prune_structured.widths import step
 
 if TYPE_CHECKING:
@@ -42,13 +41,12 @@ def uneven_widths(
             name: (units, [min(max(1, round(share * units.count)), units.count - 1) for share in levels])
             for name, (units, _) in zip(names, mlps, strict=True)
         }
-        runner = open_runner(checkpoint, names, context, workspace=workspace, with_targets=False)
         options = WidthOptions({}, {}, settings.importance, settings.compensation != "none", None)
-        read = probe_widths(runner, counts, options)
-        if context.processes.rank:
+        probe = probe_widths(counts, options)
+        result = probed_divergences(checkpoint, names, probe, "removing units on trial", UNEVEN, context, workspace)
+        if result is None:
             return None
-        losses, _ = measured_divergences(checkpoint, names, lambda linear, _: read(linear.name), UNEVEN, context)
-        rows = [list(losses[name].values()) for name in names]
+        rows = [list(result.by_tensor[name].values()) for name in names]
         left = allocate_sparsity(sizes, sizes, levels, rows, kept)
         gone = {units.name: units.count - n * step for (units, _), n, step in zip(mlps, left, steps, strict=True)}
         blocks = [{"block": block_of(n), "removed": gone[u.name]} for n, (u, _) in zip(names, mlps, strict=True)]

@@ -15,10 +15,9 @@ from compress.architectures.groups import KVHeadMerge, PrunableGroup
 from compress.blockwise.block import Block
 from compress.blockwise.hessians import InputStatistics
 from compress.blockwise.linears import TargetLinear
-from compress.blockwise.probe import probe_matrices
+from compress.blockwise.probe import ProbeFn
 from compress.blockwise.reconstruct import Reconstruction, reconstruct_block, trainable_floats
 from compress.blockwise.results import TensorExtras
-from compress.blockwise.runner import BlockRunner
 from compress.passes.prune_structured.kv_heads import merge_heads
 from compress.solvers.obs import keep_by_score, least_squares, obs_prune_groups
 
@@ -96,10 +95,8 @@ def prune_block_width(block: Block, options: WidthOptions) -> dict[str, TensorEx
     return {}
 
 
-def probe_widths(
-    runner: BlockRunner, counts: Mapping[str, tuple[PrunableGroup, Sequence[int]]], options: WidthOptions
-) -> Callable[[str], dict[str, torch.Tensor]]:
-    """Change ΔW of each matrix that reads removed units, by number of the probe; see `probe.probe_matrices`.
+def probe_widths(counts: Mapping[str, tuple[PrunableGroup, Sequence[int]]], options: WidthOptions) -> ProbeFn:
+    """Change ΔW of each matrix of a block that reads removed units, by number of the probe.
 
     Args:
         counts: by tensor name, the units that it reads and the numbers of them to remove.
@@ -113,10 +110,10 @@ def probe_widths(
                 (units, removed), changes = counts[linear.name], {}
                 for number, remove in enumerate(removed):
                     _, weight, _, _ = _solve(block, linear, linears, statistics, units, remove, options)
-                    changes[str(number)] = weight - linear.weight
+                    changes[str(number)] = (weight - linear.weight).bfloat16()
                 yield linear.name, changes
 
-    return probe_matrices(runner, "removing units on trial", measure)[0]
+    return measure
 
 
 def _solve(

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 from compress.architectures import resize
 from compress.architectures.model_map import model_map
 from compress.blockwise.memory_budget import TRIAL_SAMPLES, most_trials
 from compress.errors import PassError
-from compress.passes.allocation import divergence_memory
+from compress.passes.allocation import PROBES
 from compress.passes.base import Context, InputMultiple, Mode, Pass, Storage
-from compress.passes.blockwise import require_head, runner_memory, trains_predictions, trials_memory
+from compress.passes.blockwise import require_head, trains_predictions
+from compress.passes.memory import divergence_memory, runner_memory, trials_memory
 from compress.passes.prune_structured import slicing, widths
 from compress.passes.prune_structured.equivalence import require_equivalent
 from compress.passes.prune_structured.removable import alike, removable
@@ -107,17 +108,16 @@ class PruneStructured(Pass[PruneStructuredSettings]):
         tuned = settings.compensation == "reconstruction"
         biased = any(f"{spec.tensors[name].module}.bias" in spec.tensors for name in names)
         solver = OBS_WITH_BIAS if biased else OBS
-        runner = runner_memory(spec, names, width, solver, reconstruction="floats" if tuned else None)
-        if tuned and _has_teacher(settings):
-            largest = max(sum(t.count for t in block.stored()) for block in mapped.blocks)
-            runner += width * (sum(t.count for t in mapped.outside) + largest)
+        teacher = spec if tuned and _has_teacher(settings) else None
+        reconstruction: Literal["floats"] | None = "floats" if tuned else None
+        runner = runner_memory(spec, names, width, solver, reconstruction=reconstruction, teacher=teacher)
         if tuned and trains_predictions(spec, settings.reconstruction_target):
             runner += _prediction_memory(spec, width)
         loads = settings.searched or (_chosen_by_score(settings) and not trials)
         whole = (1 + settings.searched) * width * spec.parameters if loads else 0
         if settings.allocation == "kl":
             readers = [f"{units.name}.weight" for units, _ in widths.widths(spec, settings).mlps()]
-            whole = max(whole, divergence_memory(spec, readers))
+            whole = max(whole, divergence_memory(spec, readers, width, solver, PROBES))
         return max(runner, whole, gradients, trials)
 
     def work(self, spec: Spec, settings: PruneStructuredSettings, sizes: DataSizes) -> Work | None:

@@ -312,7 +312,14 @@ def _tried(
             option = shape.settings.model_copy(update={"layers": named})
             quick = option.model_copy(update={"compensation": "least_squares"})
             smaller = planner.apply(checkpoint, quick, context.part(f"shape{number}", data=lambda _: trying))
-            loss = divergence(checkpoint, smaller, judging, dtype=context.dtype, device=context.device)
+            loss = divergence(
+                checkpoint,
+                smaller,
+                judging,
+                dtype=context.dtype,
+                device=context.device,
+                work=context.workspace.path,
+            )
             tried.append((loss, number, option))
             row = {"layers": list(named or ()), "heads": shape.heads, "mlp": shape.neurons}
             size = {"parameters": shape.spec.parameters, "bytes": lay_out(shape.spec, _ONE_FILE).bytes}

@@ -63,7 +63,7 @@ class PruneStructuredSettings(PassSettings):
         default="uniform",
         description="How the removed neurons are distributed over the MLPs. `uniform`: every MLP loses the same number, and "
         "the result is a stock model. `kl`: the total is the same, and each MLP loses what costs the least KL divergence of "
-        "the model's predictions. The divergence is estimated from gradients on 32 samples, with the whole model in memory. "
+        "the model's predictions. The divergence is estimated from gradients on 32 samples, with one block in memory. "
         "The widths then differ, so `kl` needs `store: compact`.",
     )
     heads: Amount | None = Field(

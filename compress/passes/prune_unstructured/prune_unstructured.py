@@ -9,7 +9,7 @@ from compress.architectures.model_map import model_map
 from compress.errors import PassError
 from compress.passes.allocation import probes_memory
 from compress.passes.base import EDITED, Context, InputMultiple, Mode, Pass, Storage
-from compress.passes.blockwise import runner_memory
+from compress.passes.memory import runner_memory
 from compress.passes.prune_unstructured.plan import allocation_of, is_exact, kept_weights, targets
 from compress.passes.prune_unstructured.settings import PruneUnstructuredSettings
 from compress.passes.work import DataSizes, Tuning, runner_work
@@ -103,7 +103,7 @@ class PruneUnstructured(Pass[PruneUnstructuredSettings]):
             return work
         if allocation_of(spec, settings) != "uniform" or calibration is None or not model_map(spec).known:
             return None
-        factor = {"wanda": None, "sparsegpt": "factor", "alps": "eigen"}[settings.method]
+        factor = {"wanda": None, "sparsegpt": "factor", "alps": "factor"}[settings.method]
         epochs = settings.reconstruction_epochs
         tuning = Tuning(epochs, "floats") if epochs else None
         return runner_work(spec, chosen, calibration, [settings.method], factor=factor, tuning=tuning)

@@ -96,7 +96,14 @@ def _chosen(
             solver.solve(groups, _solved(context, groups))
             shared_ = _derived(checkpoint, settings, solver, groups, context)
             held = data.last(min(_HELD_OUT, len(data.ids)))
-            row["divergence"] = divergence(checkpoint, shared_, held, dtype=context.dtype, device=context.device)
+            row["divergence"] = divergence(
+                checkpoint,
+                shared_,
+                held,
+                dtype=context.dtype,
+                device=context.device,
+                work=context.workspace.path,
+            )
         rows.append(row | ({"divergence": same["divergence"]} if same else {}))
     best = min(rows, key=lambda row: row.get("divergence", 0.0))
     return {"groups": best["groups"], "arrangement": best["arrangement"], "tried": rows}

@@ -94,6 +94,7 @@ def _solve(
     order, factor = shared["order"], shared["factor"]
     if mismatch is not None:
         weight = asymmetric_target(weight, mismatch.inputs, mismatch.residual.get(linear.name), factor, order)
+        mismatch.release()
     book = codebook(weight, bits, H.diagonal(), keep).to(weight.device, dtype)
     codes = to_codes(codebook_gptq(weight, factor.float(), order, book, keep), book, keep)
     row: dict[str, Any] = {"error": statistics.relative_error(weight, dequantize(codes, keep))}

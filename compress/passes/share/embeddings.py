@@ -93,6 +93,7 @@ def thin(checkpoint: Checkpoint, rank: int, context: Context) -> Checkpoint:
         device=context.device,
         dtype=context.dtype,
         progress=context.progress,
+        work=context.workspace.path,
     )
     embedding = str(model_map(spec).embedding)
     sides = {embedding: "in", record.head_tie: "out"}

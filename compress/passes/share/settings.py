@@ -37,8 +37,8 @@ class ShareSettings(PassSettings):
         default_factory=EFFORTS.of("arrangement"),
         description="Which blocks share, if `groups` is a number. `sequence`: neighbours (0 1, 2 3). `cycle`: every n-th "
         "block (0 3, 1 4) (both in arXiv 2104.06022). `nearest`: the blocks whose outputs change least. `best`: the "
-        "arrangement of these whose predictions on held-out calibration samples are nearest to the original's, with two "
-        "models in memory. Where a BERT becomes an ALBERT, `best` is `sequence`.",
+        "arrangement of these whose predictions on held-out calibration samples are nearest to the original's. "
+        "Where a BERT becomes an ALBERT, `best` is `sequence`.",
     )
     parts: Literal["matrices", "attention", "mlp", "all"] = Field(
         default="matrices",

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, ClassVar
 from compress.architectures.model_map import model_map
 from compress.errors import PassError
 from compress.passes.base import EDITED, Context, Pass, Storage
-from compress.passes.blockwise import require_head, runner_memory
+from compress.passes.blockwise import require_head
+from compress.passes.memory import by_blocks, comparison_memory, gram_bytes, runner_memory
 from compress.passes.selection import select_linears
 from compress.passes.share.codebooks import cluster, clustered
 from compress.passes.share.embeddings import thin, thinned, tied
@@ -16,7 +17,7 @@ from compress.passes.share.groups import candidate_groups, check_packages, is_op
 from compress.passes.share.settings import ShareSettings
 from compress.passes.share.work import share_work
 from compress.passes.work import DataSizes
-from compress.solvers.memory import CODEBOOK, SHARED_MATRIX
+from compress.solvers.memory import CODEBOOK, MATCHED, NO_SOLVER, SHARED_MATRIX, THIN_TABLES, TIED_TABLES
 from compress.spec.spec import Spec
 from compress.work import Work
 
@@ -93,17 +94,15 @@ class Share(Pass[ShareSettings]):
         return matrices
 
     def memory(self, spec: Spec, settings: ShareSettings, width: int) -> int | None:
-        """Bytes of the block runner and the solver; of two whole models, to choose the arrangement."""
+        """Bytes of the block runner, of the solver without a block, and of what compares arrangements or fits tables."""
         peak = 0
         if settings.groups is not None:
-            parts = shared_parts(spec, settings)
-            names = [path + part for path in model_map(spec).paths.values() for part in parts]
-            names = [name for name in names if len(spec.tensors[name].shape) == 2]
-            peak = runner_memory(spec, names, width, SHARED_MATRIX)
-            if is_open(settings, candidate_groups(spec, settings, parts)) or settings.init == "fisher":
-                peak = max(peak, 2 * width * spec.parameters + 4 * spec.parameters)
+            peak = self._sharing(spec, settings, width)
         if settings.embeddings is not None:
-            peak = max(peak, width * spec.parameters + 16 * max(t.count for t in spec.stored()))
+            table = max(t.count for t in spec.stored())
+            fitting = table * (TIED_TABLES if settings.embeddings == "tie" else THIN_TABLES)
+            states = runner_memory(spec, [], width, NO_SOLVER) if by_blocks(spec) else width * spec.parameters
+            peak = max(peak, states + width * table, fitting)
         if settings.codebook_bits is not None:
             planned = self.plan(spec, settings)
             names = [t.name for t in planned.stored() if t.quant_format is not None]
@@ -113,6 +112,24 @@ class Share(Pass[ShareSettings]):
     def work(self, spec: Spec, settings: ShareSettings, sizes: DataSizes) -> Work | None:
         """Work of Hessians, of solving for shared matrices, and of comparing arrangements."""
         return share_work(spec, settings, sizes.calibration)
+
+    def _sharing(self, spec: Spec, settings: ShareSettings, width: int) -> int:
+        """Bytes at the peak of sharing blocks."""
+        parts = shared_parts(spec, settings)
+        mapped = model_map(spec)
+        names = {path + part for path in mapped.paths.values() for part in parts}
+        own = [x for x in mapped.layers if x.name in names and len(x.tensor.shape) == 2]
+        peak = runner_memory(spec, [x.name for x in own], width, NO_SOLVER)
+        solving = max((SHARED_MATRIX.peak(gram_bytes(x.I), x.O, x.I) for x in own), default=0)
+        if settings.align:
+            units = max((max(x.O, x.I) for x in own), default=0)
+            solving = max(solving, MATCHED * 8 * units**2 + 4 * 8 * max((x.O * x.I for x in own), default=0))
+        peak = max(peak, solving)
+        if is_open(settings, candidate_groups(spec, settings, parts)):
+            peak = max(peak, comparison_memory(spec, self.plan(spec, settings), width))
+        if settings.init == "fisher":
+            peak = max(peak, 4 * (spec.parameters + 2 * sum(x.tensor.count for x in own)))
+        return peak
 
     def prepare(self, checkpoint: Checkpoint, settings: ShareSettings, context: Context) -> None:
         """Refuse settings whose package is not installed."""
@@ -135,6 +152,7 @@ class Share(Pass[ShareSettings]):
                 device=context.device,
                 dtype=context.dtype,
                 progress=context.progress,
+                work=context.workspace.path,
             )
         if settings.embedding_rank is not None:
             result = thin(result, settings.embedding_rank, context)

@@ -45,6 +45,21 @@ class ShareOptions:
     fisher: Callable[[str], torch.Tensor] | None = None
 
 
+class _InFiles(Sequence[torch.Tensor]):
+    """Tensors that are read each time that they are asked for."""
+
+    def __init__(self, count: int, read: Callable[[int], torch.Tensor]) -> None:
+        self._count, self._read = count, read
+
+    def __len__(self) -> int:
+        return self._count
+
+    def __getitem__(self, index: Any) -> Any:
+        if index >= self._count:
+            raise IndexError
+        return self._read(index)
+
+
 class Solver:
     """Solves the tensors of groups of blocks."""
 
@@ -83,7 +98,7 @@ class Solver:
                 entries = torch.tensor([member.entries(units.count, [u]) for u in range(units.count)], device=W.device)
                 part = W[entries].flatten(1)
                 rows.append(part / part.norm().clamp_min(1e-30))
-            total += rows[0] @ rows[1].T
+            total.addmm_(rows[0], rows[1].T)
         return total
 
     def _order_of(self, name: str, side: str, block: int, orders: Sequence[Sequence[int]]) -> torch.Tensor | None:
@@ -212,38 +227,42 @@ class Solver:
         """New values by name, and a row for each matrix."""
         first = blocks[0]
         names = [f"{self.paths[b]}{part}" for b in blocks]
-        weights = [self.aligned(name, block, first) for name, block in zip(names, blocks, strict=True)]
+        weights = _InFiles(len(names), lambda b: self.aligned(names[b], blocks[b], first))
         if names[0] not in self.read.files:  # biases and norms
-            return {names[0]: self._shaped(torch.stack(weights).mean(0))}, []
-        hessians = [self._hessian(name, block, first) for name, block in zip(names, blocks, strict=True)]
-        scaled = [H / self.read.energy(n) for H, n in zip(hessians, names, strict=True)]
-        residuals = [torch.zeros_like(W) for W in weights]
-        shared, factors = weights[0], list[tuple[torch.Tensor, torch.Tensor]]()
+            return {names[0]: self._shaped(torch.stack([*weights]).mean(0))}, []
+        energies = [self.read.energy(name) for name in names]
+        scaled = _InFiles(len(names), lambda b: self._hessian(names[b], blocks[b], first).div_(energies[b]))
+        factors: list[tuple[torch.Tensor, torch.Tensor]] = []
+        shared = weights[0]
+
+        def without_residual(b: int) -> torch.Tensor:
+            left: torch.Tensor = weights[b]
+            if factors:
+                left = left - factors[b][0] @ factors[b][1]
+            return left
+
         for _ in range(ROUNDS if self.options.rank else 1):
-            shared = self._start([W - R for W, R in zip(weights, residuals, strict=True)], scaled, names, blocks)
+            shared = self._start(_InFiles(len(names), without_residual), scaled, names, blocks)
             if self.options.rank:
-                factors = [
-                    low_rank(W - shared, H, self.options.rank)[:2] for W, H in zip(weights, hessians, strict=True)
-                ]
-                residuals = [up @ down for up, down in factors]
+                factors = [low_rank(weights[b] - shared, scaled[b], self.options.rank)[:2] for b in range(len(names))]
         values, rows = {names[0]: self._shaped(shared)}, []
         for number, name in enumerate(names):
             if self.options.rank:
                 module = name.removesuffix(".weight")
                 for suffix, factor in zip(("up", "down"), factors[number], strict=True):
                     values[f"{module}.residual_{suffix}.weight"] = factor.contiguous().cpu()
-            left = weights[number] - shared - residuals[number]
-            lost = float(((left @ hessians[number].float()) * left).sum()) / self.read.energy(name)
+            left = without_residual(number) - shared
+            lost = float(((left @ scaled[number].float()) * left).sum())
             rows.append({"tensor": name, "shared_with": names[0], "error": lost})
         return values, rows
 
     def _start(
-        self, weights: list[torch.Tensor], hessians: list[torch.Tensor], names: list[str], blocks: list[int]
+        self, weights: Sequence[torch.Tensor], hessians: Sequence[torch.Tensor], names: list[str], blocks: list[int]
     ) -> torch.Tensor:
         if self.options.init == "first":
             return weights[0]
         if self.options.init == "mean":
-            return torch.stack(weights).mean(0)
+            return torch.stack([*weights]).mean(0)
         if self.options.init == "fisher":
             assert self.options.fisher is not None
             information = [self.options.fisher(name) for name in names]

@@ -54,7 +54,8 @@ def test_memory_of_tuning_is_planned():
     trained = sum(t.count for t in spec.weights() if "self_attn" in t.name or len(t.shape) == 1)
     weights = 2 * 4 * spec.parameters + 12 * trained
     assert weights < instance.memory(before, settings, 4) < weights + (10 << 20)
-    assert instance.memory(before, LocalAttentionSettings(**PLAIN), 4) is None
+    deep = open_checkpoint(pico.folder(num_hidden_layers=9)).spec
+    assert len({instance.memory(s, LocalAttentionSettings(**PLAIN), 4) for s in (before, deep)}) == 1  # one block
 
 
 @pytest.mark.parametrize(
