@@ -77,7 +77,7 @@ def alps(
     damp: float = 0.01,
     max_iterations: int = 300,
     pcg_iterations: int = 6,
-    growth: float = 1.2,
+    growth: float = 1.15,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return the pruned and refitted weights, [out, in] in W's dtype, and the keep-mask [out, in], True for kept weights.
 
@@ -92,7 +92,7 @@ def alps(
         damp: damping of H, in units of the mean of its diagonal.
         max_iterations: most iterations of ADMM, which usually needs 50 to 100.
         pcg_iterations: most conjugate-gradient steps on the final support; it stops once all gradients fell to a thousandth.
-        growth: factor of rho after every five iterations. 1.15 takes a sixth longer and lowers the error by 0.2 %.
+        growth: factor of rho after every five iterations. 1.2 takes a seventh less and raises the error by 0.2 %.
 
     Raises:
         ValueError: both or none of ``kept`` and ``pattern`` are given; H holds NaN or infinite values.
