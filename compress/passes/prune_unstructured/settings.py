@@ -10,10 +10,10 @@ from compress.passes.base import PassSettings
 from compress.passes.effort import Effort, EffortDefaults
 from compress.settings import Fraction, PatternNM
 
-#: Defaults by effort: `fast` is SparseGPT alone.
+#: Defaults by effort: `fast` is SparseGPT alone, `balanced` ALPS alone.
 EFFORTS = EffortDefaults(
     fast={"method": "sparsegpt", "reconstruction_epochs": 0, "reconstruction_lr": 0.04, "allocation": "uniform"},
-    balanced={"method": "sparsegpt", "reconstruction_epochs": 0.5, "reconstruction_lr": 0.015, "allocation": "uniform"},
+    balanced={"method": "alps", "reconstruction_epochs": 0, "reconstruction_lr": 0.015, "allocation": "uniform"},
     best={"method": "alps", "reconstruction_epochs": 15, "reconstruction_lr": 0.015, "allocation": "auto"},
 )
 
