@@ -362,7 +362,8 @@ def test_open_runner_reads_token_types(tmp_path):
             open_checkpoint(folder),
             ["bert.encoder.layer.3.output.dense.weight"],
             SimpleNamespace(
-                data=lambda name, batches=batches: batches, dtype="float32", device="cpu", progress=SilentProgress(), seed=0
+                data=lambda name, batches=batches: batches, dtype="float32", device="cpu", progress=SilentProgress(), seed=0,
+                max_vram=None,
             ),
             workspace=Workspace(tmp_path / str(len(outputs))),
             with_targets=False,

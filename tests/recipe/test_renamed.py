@@ -71,7 +71,6 @@ def test_translated_recipe_is_valid_and_stays(entry: Renamed, value: Any) -> Non
 
 def test_renamed_defaults_are_unchanged() -> None:
     for section, old, value in [
-        ("cast", "refine", True),
         ("factorize", "allocation", "loss"),
         ("prune_structured", "widths", "even"),
         ("prune_structured", "score", "loss"),
@@ -81,6 +80,13 @@ def test_renamed_defaults_are_unchanged() -> None:
         entry = find(section, old)
         assert entry is not None
         assert defaults(passes.get(section).settings)[entry.new] == entry.value(value)
+
+
+def test_renamed_refine_is_what_the_best_effort_does() -> None:
+    entry = find("cast", "refine")
+    assert entry is not None
+    best = passes.get("cast").settings(weights="int4", effort="best")
+    assert best.error_correction == entry.value(True)
 
 
 def test_renamed_key_is_located_in_line_and_in_set(tmp_path: Path) -> None:

@@ -131,7 +131,7 @@ def test_suggest_answers_a_fraction_with_a_percentage(parse: Any) -> None:
     [
         ("quantize", {}, "no pass is called `quantize`; did you mean `cast`?"),
         ("cast", {"weights": "int4", "refine": False}, "cast.refine: `refine` in cast is called `error_correction` now; write `error_correction: []`"),
-        ("cast", {"weights": "FP8"}, "cast.weights: expected bf16, fp16, fp32, int8, int6, int5, int4, int3, int2, fp8, mxfp4 or nvfp4, got 'FP8'; write `weights: fp8, activations: fp8`"),
+        ("cast", {"weights": "FP8"}, "cast.weights: expected bf16, fp16, fp32, int8, int6, int5, int4, int3, int2, fp8, mxfp4, nvfp4, trellis4, trellis3 or trellis2, got 'FP8'; write `weights: fp8, activations: fp8`"),
         ("prune_unstructured", {"sparsity": 50}, "prune_unstructured.sparsity: expected a share between 0 and 1, such as 50% or 0.5, got 50; did you mean `50%`?"),
         ("cast", {}, "cast: give one of `weights`, `bits` and `max_bytes`"),
     ],

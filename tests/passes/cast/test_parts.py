@@ -28,7 +28,9 @@ def test_parts_of_a_matrix_lower_the_same_objective(monkeypatch: pytest.MonkeyPa
         before = kronecker_error(weight, codes.float(), fitted, H, F)
         start = codes.clone()
         shared = {"factor": factor, "order": order}
-        codes, coupled = _coupled(weight, codes, H, shared, F, form, fitted._replace(scale=fitted.scale.clone()), None)
+        codes, coupled = _coupled(
+            weight, codes, H, shared, F, form, fitted._replace(scale=fitted.scale.clone()), None, True
+        )
         return start, fitted, before, kronecker_error(weight, codes.float(), coupled, H, F)
 
     whole, scales_whole, before, after = solved()

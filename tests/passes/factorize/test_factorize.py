@@ -59,14 +59,14 @@ def test_factorize_ranks_keep_the_budget_and_lower_the_error(folders, tmp_path):
     for name, settings in {
         "uniform": {"allocation": "uniform", "reconstruction_epochs": 0},
         "loss": {"reconstruction_epochs": 0},
-        "tuned": {"allocation": "uniform"},
+        "tuned": {},
     }.items():
         factorize(folders["llama"], tmp_path / name, keep_parameters=0.5, **settings)
         found[name] = divergence(folders["llama"], tmp_path / name, IDS)
     sizes = {name: open_checkpoint(tmp_path / name).spec.parameters for name in found}
     assert sizes["loss"] <= sizes["uniform"]
     assert sizes["loss"] > 0.97 * sizes["uniform"]
-    assert max(found["tuned"], found["loss"]) < found["uniform"]
+    assert found["tuned"] <= found["loss"] < found["uniform"]  # tuning is undone where held-back samples do not gain
 
 
 def test_factorize_is_reproducible(folders, tmp_path):
