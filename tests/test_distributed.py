@@ -183,6 +183,7 @@ def test_world_of_two_shares_chosen_formats(recipe_file, tmp_path, method):
     assert len({t.quant_format for t in open_checkpoint(tmp_path / "out").spec.stored()}) > 2
 
 
+@pytest.mark.slow
 def test_world_of_two_shares_sparsities_allocated_by_loss(recipe_file, tmp_path):
     """Which removes as many weights in all as one process would."""
     text = json.loads(recipe_file.read_text())
@@ -197,6 +198,7 @@ def test_world_of_two_shares_sparsities_allocated_by_loss(recipe_file, tmp_path)
     assert 2 * sum(t.kept for t in tensors.values()) == sum(t.count for t in tensors.values())
 
 
+@pytest.mark.slow
 def test_world_of_two_shares_widths_chosen_by_loss(recipe_file, tmp_path):
     recipe = json.loads(recipe_file.read_text())
     prune = {"prune_structured": {"mlp": "40%", "allocation": "kl", "reconstruction_epochs": 1}}
@@ -282,6 +284,7 @@ dist.destroy_process_group()
 """
 
 
+@pytest.mark.slow
 def test_world_of_two_removes_the_same_units(tmp_path):
     """Blocks, experts, hidden channels, heads and neurons; what is kept is the same, its weights up to the order of sums."""
     folder = pico.save(tmp_path / "in", "qwen3_moe", with_tokenizer=False)

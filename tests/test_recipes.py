@@ -24,6 +24,24 @@ def real(path):
     return pytest.param(path, id=path.stem, marks=[] if path.stem in QUICK else [pytest.mark.slow])
 
 
+#: Run on a pico model in `make test`: one recipe of each kind of pass.
+FAST = (
+    "cast_int4",
+    "prune_unstructured",
+    "prune_structured",
+    "prune_distill_cast",
+    "factorize",
+    "share_albert",
+    "local_attention",
+    "latent_attention",
+    "carve_experts",
+)
+
+
+def pico_sized(path):
+    return pytest.param(path, id=path.stem, marks=[] if path.stem in FAST else [pytest.mark.slow])
+
+
 @pytest.fixture(scope="module")
 def small():
     """Pico models that read the text of the examples: (language model, classifier)."""
@@ -71,7 +89,7 @@ def exact(report):
                 assert row["planned"] == row["actual"], row["name"]
 
 
-@pytest.mark.parametrize("path", [path for path in RECIPES if path.stem not in QUICK], ids=lambda p: p.stem)
+@pytest.mark.parametrize("path", [pico_sized(path) for path in RECIPES if path.stem not in QUICK])
 def test_recipe_runs_on_a_pico_model(path, small, short, tmp_path, monkeypatch):
     """Every pass as the recipe says it; on the example model in `make test-all`."""
     monkeypatch.chdir(ROOT)

@@ -42,6 +42,7 @@ def ended(made):
     return len(made) > 0 and all(process.returncode is not None for process in made)
 
 
+@pytest.mark.slow
 def test_latency_compares_two_models(tmp_path, pico_llama, monkeypatch):
     monkeypatch.setattr(latency, "SECONDS", 0.1)
     large = pico.save(tmp_path / "large", num_hidden_layers=24)

@@ -89,6 +89,7 @@ def test_stock_loader_matches_ours_in_every_family_and_format(tmp_path, stock_ou
     assert refused == cacheless | conv1d | experts | unpackable | one_group | odd
 
 
+@pytest.mark.slow
 def test_stock_loader_matches_ours_in_another_dtype(tmp_path, stock):
     """Stock loaders decode linear layers in the dtype of the model, and experts in float32 (fp8) or in that of their scales.
 

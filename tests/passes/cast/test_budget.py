@@ -39,6 +39,7 @@ def test_cast_budget_is_kept_and_spent(folders, data, tmp_path):
         compress.apply("cast", folders["llama"], tmp_path / "no", data=data.ids, max_bytes=100_000, **settings)
 
 
+@pytest.mark.slow
 def test_cast_budget_on_experts(folders, data, tmp_path):
     """All experts get one format, as stock transformers asks; the attention's are chosen beside it."""
     settings = {"bits": 6.9, "group_size": 16, "reconstruction_epochs": 0, "error_correction": []}

@@ -90,7 +90,7 @@ def whole(family, changes):
 def results(request, tmp_path_factory, stock, data):
     """Name of a case of this run ▶ what stock transformers computes in a process without this package."""
     root, listed = tmp_path_factory.mktemp("latent"), {}
-    users = [item for item in request.session.items if "results" in item.fixturenames]
+    users = [x for x in request.session.items if x.path == request.path and "results" in x.fixturenames]
     for number, name in enumerate(item.callspec.params["name"] for item in users):
         family, changes, target = CASES[name]
         folder, width = pico.folder(family, **changes), whole(family, changes)

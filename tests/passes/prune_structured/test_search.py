@@ -96,6 +96,7 @@ def test_search_reaches_speed_at_least_divergence(family, tmp_path, monkeypatch)
     pico.logits(load_model(out.folder))
 
 
+@pytest.mark.slow
 def test_search_reaches_size_and_speed(tmp_path, monkeypatch):
     clock(monkeypatch)
     original = open_checkpoint(pico.save(tmp_path / "in", with_tokenizer=False))
