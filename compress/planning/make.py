@@ -1,222 +1,32 @@
-"""Plans: bytes, parameters, memory and disk of a recipe, from the headers of its model. Imports neither torch nor numpy."""
+"""Make the plan of a recipe, and check that its passes can apply."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from compress import passes
-from compress.architectures.cache import CachedBytes, cache_bytes, cached_bytes, kv_bytes_per_token
 from compress.architectures.model_map import model_map
 from compress.architectures.unforeseen import refused
 from compress.checkpoint.edits import EDIT_KINDS, first_without_twin
-from compress.checkpoint.edits.twin import dense_spec
-from compress.checkpoint.layout import Layout, lay_out
-from compress.checkpoint.sidecars import safe_file
 from compress.checkpoint.storage.compressed_tensors.loaders import stock_holds
 from compress.checkpoint.store import Store, needs_code, with_storage
 from compress.errors import PassError
 from compress.evaluation.tasks import check_images, check_metrics, check_sounds, check_speed, task_of
 from compress.passes.base import EDITS, accepted_values, chosen_by_effort
+from compress.planning.plan import Plan, PlannedPass, PlannedStage
+from compress.planning.sizes import opened_size, planned_size, size_in_other
 from compress.recipe.sizes import cache_lengths, data_sizes
-from compress.recipe.work import WorkBeside, work_beside
-from compress.spec.spec import DTYPE_BITS, FLOAT_DTYPES, Edit, Spec
-from compress.work import seconds_of, with_writing
+from compress.recipe.work import work_beside
+from compress.spec.spec import Edit, Spec
+from compress.work import with_writing
 
 if TYPE_CHECKING:
-    from compress.checkpoint.open import Stored
     from compress.passes.base import Pass
     from compress.recipe import PassEntry, Recipe
-    from compress.work import Rates, Work
 
 #: Resident memory of the interpreter with torch and transformers loaded, measured on Linux with the CPU build.
 RUNTIME_BYTES = 450 * 10**6
-
-
-@dataclass(frozen=True, slots=True)
-class Size:
-    """The size of a checkpoint.
-
-    Attributes:
-        bytes: size of all weight files. parameters: number of float elements; shared ones count once.
-        kept_parameters: parameters that no keep-mask removes.
-        active_parameters: parameters used for one token; of experts, only those it is sent to.
-        bits_per_weight: stored bits of data per parameter.
-        kv_bytes_per_token: bytes that decoding caches per token while no window is full, in the format that the config names;
-            None without a record or without a cache.
-        cache: parts of that cache with the tokens that each keeps; None where it is not known.
-        load_bytes: memory of the weights after a stock load, which holds all floats in ``config.dtype``.
-        tensors: number of tensors with bytes of their own.
-    """
-
-    bytes: int
-    parameters: int
-    kept_parameters: int
-    active_parameters: int
-    bits_per_weight: float
-    kv_bytes_per_token: int | None
-    cache: list[CachedBytes] | None
-    load_bytes: int
-    tensors: int
-
-
-def size_of(spec: Spec, layout: Layout) -> Size:
-    """The size of a checkpoint with that layout of its weight files."""
-    config = spec.structure.config
-    stored = list(spec.stored())
-    data = sum(e.end - e.start for shard in layout.shards for e in shard.entries.values())
-    dtype = str(config.get("dtype") or config.get("torch_dtype") or "float32")
-    bits = next((DTYPE_BITS[k] for k, v in FLOAT_DTYPES.items() if v == dtype), 32)
-    return Size(
-        bytes=layout.bytes,
-        parameters=spec.parameters,
-        kept_parameters=spec.kept_parameters,
-        active_parameters=model_map(spec).active_parameters,
-        bits_per_weight=round(8 * data / max(spec.parameters, 1), 4),
-        kv_bytes_per_token=kv_bytes_per_token(spec),
-        cache=cached_bytes(spec),
-        load_bytes=sum(t.count * bits // 8 if t.is_float else t.dense_bytes for t in stored),
-        tensors=len(stored),
-    )
-
-
-def planned_size(spec: Spec, store: Store, max_shard: int, metadata: Mapping[str, str] | None = None) -> Size:
-    """The size that the writer will give the spec in a store. In the stock store, edits are written as the dense twin."""
-    if store == "stock" and spec.structure.edits:
-        spec = dense_spec(spec)[0]
-    spec = with_storage(spec, store)
-    return size_of(spec, lay_out(spec, max_shard, metadata))
-
-
-def _other_size(spec: Spec, store: Store, max_shard: int, metadata: Mapping[str, str] | None) -> Size | None:
-    """The size in the other store; None where stock files cannot hold the spec."""
-    other = _other(store)
-    return None if other == "stock" and first_without_twin(spec) else planned_size(spec, other, max_shard, metadata)
-
-
-def opened_size(spec: Spec, max_shard: int, metadata: Mapping[str, str] | None = None) -> Size:
-    """The size of a checkpoint that was opened; of one that is dequantised on reading, the bytes and bits of its files."""
-    size = size_of(spec, lay_out(spec, max_shard, metadata))
-    if not spec.sources:
-        return replace(size, bytes=size.bytes + spec.left_out)
-    data = sum(t.dense_bytes if (s := spec.sources.get(t.name)) is None else s.bytes for t in spec.stored())
-    return replace(size, bytes=spec.file_bytes, bits_per_weight=round(8 * data / max(spec.parameters, 1), 4))
-
-
-def size_on_disk(checkpoint: Stored) -> Size:
-    """The size of a checkpoint on disk; ``bytes`` is the size of its weight files as they are."""
-    assert checkpoint.folder is not None
-    size = opened_size(checkpoint.spec, 1 << 62, checkpoint.metadata)
-    return replace(size, bytes=sum(safe_file(checkpoint.folder, name).stat().st_size for name in checkpoint.files))
-
-
-@dataclass(frozen=True)
-class PlannedPass:
-    """One pass of a plan.
-
-    Attributes:
-        index: number of the pass, from 0. name, settings: as in the recipe.
-        spec: the checkpoint after the pass. size: its size in the recipe's store. other_store: in the other store, if it fits.
-        peak_memory: resident bytes at the peak, the interpreter included. notes: one sentence each, for the user.
-        work: what it computes and writes; None where that is not known.
-    """
-
-    index: int
-    name: str
-    settings: Any
-    spec: Spec
-    size: Size
-    other_store: Size | None
-    peak_memory: int
-    notes: tuple[str, ...] = ()
-    work: Work | None = None
-
-
-@dataclass(frozen=True)
-class PlannedStage:
-    """Passes that run in one read and one write. ``index``: number of the stage, from 1."""
-
-    index: int
-    passes: tuple[PlannedPass, ...]
-
-    @property
-    def size(self) -> Size:
-        """The size after the last of its passes."""
-        return self.passes[-1].size
-
-
-@dataclass(frozen=True)
-class Plan:
-    """The plan of a run.
-
-    Attributes:
-        original, original_spec: the recipe's model. store: where the result is written. stages: in order.
-        peak_memory: resident bytes at the peak. lengths: at which bytes of the cache are shown. beside: work beside its passes.
-    """
-
-    original: Size
-    original_spec: Spec
-    store: Store
-    stages: tuple[PlannedStage, ...]
-    peak_memory: int
-    lengths: tuple[int, ...]
-    beside: WorkBeside
-
-    @property
-    def disk(self) -> int:
-        """Bytes of the weight files that the stages write into the run folder."""
-        return sum(stage.size.bytes for stage in self.stages)
-
-    @property
-    def cache(self) -> list[dict[str, int]]:
-        """Planned bytes of the cache at each length, of the original and of the result; empty where one is not known."""
-        before, after = self.original_spec, self.stages[-1].passes[-1].spec
-        rows = []
-        for length in self.lengths:
-            original, result = cache_bytes(before, length), cache_bytes(after, length)
-            if original is not None and result is not None:
-                rows.append({"length": length, "original": original, "result": result})
-        return rows
-
-    def to_dict(self, rates: Rates | None = None) -> dict[str, Any]:
-        """JSON values, schema ``compress.plan/1``. ``rates``: of this machine, for the time of each pass."""
-        return {
-            "schema": "compress.plan/1",
-            "store": self.store,
-            "original": asdict(self.original),
-            "notes": list(self.original_spec.notes),
-            "cache": self.cache,
-            "seconds": self.beside.seconds(rates),
-            "stages": [
-                {
-                    "index": stage.index,
-                    "passes": [
-                        {
-                            "name": p.name,
-                            "settings": p.settings.model_dump(mode="json"),
-                            "planned": asdict(p.size),
-                            "exact": p.spec.exact,
-                            "bytes_by_store": {
-                                self.store: p.size.bytes,
-                                **({_other(self.store): p.other_store.bytes} if p.other_store else {}),
-                            },
-                            "peak_memory": p.peak_memory,
-                            "seconds": seconds_of(p.work, rates),
-                            "notes": list(p.notes),
-                        }
-                        for p in stage.passes
-                    ],
-                }
-                for stage in self.stages
-            ],
-            "peak_memory": self.peak_memory,
-            "disk": self.disk,
-        }
-
-
-def _other(store: Store) -> Store:
-    return "compact" if store == "stock" else "stock"
 
 
 def _check_evaluation(recipe: Recipe, spec: Spec) -> None:
@@ -272,7 +82,7 @@ def make_plan(recipe: Recipe, spec: Spec, metadata: Mapping[str, str] | None = N
                 entry.settings,
                 following,
                 size,
-                _other_size(following, store, recipe.max_shard_size, metadata),
+                size_in_other(following, store, recipe.max_shard_size, metadata),
                 _peak(current, following, entry, recipe.dtype),
                 (*instance.plan_notes(current, entry.settings), *chosen_by_effort(instance, entry.settings)),
                 with_writing(instance.work(current, entry.settings, sizes), size.bytes),
