@@ -151,7 +151,7 @@ def _check_storable(following: Spec, store: Store) -> None:
         assert tensor.quant_format is not None
         raise PassError(
             f"stock loaders do not read {tensor.quant_format.format} codes of {tensor.name}" + _experts(following),
-            fix="use `store: compact`" + ("" if tensor.quant_format.symmetric else ", or `symmetric: true`"),
+            fix="use `store: compact`" + ("" if tensor.quant_format.symmetric else ", or codes without zero points"),
         )
     if following.structure.config.get("auto_map") and needs_code(with_storage(following, store)):
         raise PassError(

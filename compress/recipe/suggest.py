@@ -5,9 +5,11 @@ from __future__ import annotations
 import difflib
 import re
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, get_args
 
 from compress import passes
+from compress.passes.cast import schemes
+from compress.passes.cast.settings import Format
 
 _KEYS_SHOWN = 12
 
@@ -61,7 +63,7 @@ SYNONYMS: Mapping[str, Mapping[str, tuple[str, ...]]] = {
     ),
     "cast": _OF_PASSES
     | _table(
-        weights="format scheme precision dtype weight_format",
+        weights="format precision dtype weight_format",
         weights__or__bits="num_bits wbits w_bits w_bit",
         group_size="groupsize q_group_size",
         symmetric="sym",
@@ -122,18 +124,8 @@ VALUES: Mapping[str, Mapping[str, tuple[str, ...]]] = {
 }
 #: Keys whose values are formats of weights.
 _FORMATS = ("weights", "format", "formats", "overrides", "scheme", "precision")
-#: ``W4A16``, ``W8A8-FP8``, ``w4a16_asym``.
-_WEIGHTS_ACTIVATIONS = re.compile(r"W(\d+)A(FP)?(\d+)(?:[_-](ASYM|INT|FP))?", re.IGNORECASE)
-#: Schemes without numbers of their own ▶ settings of `cast`.
-_SCHEMES = {
-    "fp8": "weights: fp8, activations: fp8",
-    "fp8_dynamic": "weights: fp8, activations: fp8",
-    "w8a8_fp8": "weights: fp8, activations: fp8",
-    "nvfp4": "weights: nvfp4",  # of the weights; there is no setting for activations in it
-    "nvfp4a16": "weights: nvfp4",
-    "mxfp4": "weights: mxfp4",
-    "mxfp4a16": "weights: mxfp4",
-}
+#: ``q4_k_m``, ``IQ3_XS``: types of llama.cpp.
+_GGUF = re.compile(r"i?q([2-8])_[0-9a-z_]+", re.IGNORECASE)
 
 
 def choices(given: str, names: Sequence[str], section: str) -> str | None:
@@ -147,9 +139,14 @@ def choices(given: str, names: Sequence[str], section: str) -> str | None:
 
 def value_hint(key: str, given: Any, allowed: Sequence[str]) -> str | None:
     """A hint for a wrong value of a key; ``allowed`` are the values it takes, where they are words."""
-    if key in _FORMATS and isinstance(given, str) and (answer := scheme(given)) is not None:
-        inside = re.search(r"weights: (\w+)", answer) if key in ("formats", "overrides") else None
-        return answer if inside is None else _question((inside[1],))
+    if key in _FORMATS and isinstance(given, str):
+        named = schemes.find(given)
+        if key in ("formats", "overrides") and (named is not None or given.lower() in allowed):
+            return _question((given.lower() if named is None else schemes.SCHEMES[named].weights,))
+        if (answer := scheme(given)) is not None:
+            return answer
+        if key == "scheme" and given in get_args(Format):
+            return f"write `weights: {given}`"
     if key in _FORMATS:
         key = "weights"
         given = f"int{given}" if isinstance(given, int) and not isinstance(given, bool) else given
@@ -162,25 +159,15 @@ def value_hint(key: str, given: Any, allowed: Sequence[str]) -> str | None:
 
 
 def scheme(name: str) -> str | None:
-    """The settings of `cast` that do what a named scheme does, or why none do; None for a name that is not a scheme."""
-    known = _SCHEMES.get(name.lower())
-    if known is not None:
-        return f"write `{known}`"
-    match = _WEIGHTS_ACTIVATIONS.fullmatch(name)
-    if match is None:
-        return f"write `weights: {name.lower()}`" if re.fullmatch(r"INT[2-8]|[BF]P?F?16|FP32", name) else None
-    bits, activations = int(match[1]), int(match[3])
-    floating = bool(match[2]) or (match[4] or "").upper() == "FP"
-    if bits not in (2, 3, 4, 5, 6, 8) or activations not in (8, 16):
-        return None
-    if activations == 16:
-        group = "" if bits == 8 else ", group_size: 128"
-        asymmetric = ", symmetric: false" if (match[4] or "").upper() == "ASYM" else ""
-        return f"write `weights: int{bits}{group}{asymmetric}`"
-    if bits == 8:
-        number = "fp8" if floating else "int8"
-        return f"write `weights: {number}, activations: {number}`"
-    return f"{name} cannot be written: `activations` take the format of the weights; use `weights: int{bits}` alone"
+    """Hint for the name of a scheme, or of a type of llama.cpp; None for other names."""
+    if (known := schemes.find(name)) is not None:
+        return f"did you mean `scheme: {known}`?"
+    if (refused := schemes.refusal(name)) is not None:
+        return refused
+    if match := _GGUF.fullmatch(name):
+        bits = {"7": "6"}.get(match[1], match[1])
+        return f"{name} is a type of llama.cpp, whose files are not written: the nearest is `weights: int{bits}`"
+    return f"write `weights: {name.lower()}`" if re.fullmatch(r"INT[2-8]|[BF]P?F?16|FP32", name) else None
 
 
 def percentage(value: Any) -> str | None:

@@ -80,16 +80,19 @@ class GroupSizes:
         """
         if self._settings.group_size is not None:
             return None
-        others: dict[str, list[Linear]] = {}
+        others, usual = dict[str, list[Linear]](), 0
         for name, quant_format in quant_formats.items():
-            linear, usual = self._linears[name], self._settings.quant_format(quant_format.format)
-            if _leftover(linear.I, usual):
+            linear, wanted = self._linears[name], self._settings.quant_format(quant_format.format)
+            if _leftover(linear.I, wanted):
+                usual = wanted.group
                 size = f"groups of {quant_format.group}" if quant_format.group else "one scale per output"
                 others.setdefault(size, []).append(linear)
         if not others:
             return None
         parts = (f"{size} in {_names(linears)}" for size, linears in others.items())
-        return f"groups of 64 do not divide the inputs of some matrices, which get other groups: {'; '.join(parts)}"
+        return (
+            f"groups of {usual} do not divide the inputs of some matrices, which get other groups: {'; '.join(parts)}"
+        )
 
     def _fitted(self, name: str, option: str) -> QuantFormat:
         """The option's format, with the group size that the tensor gets."""

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
-from typing import Annotated, ClassVar, Literal, Self, get_args
+from collections.abc import Callable, Collection
+from typing import Annotated, Any, ClassVar, Literal, Self, get_args
 
 from pydantic import AfterValidator, Field, model_validator
 
 from compress.blockwise.memory_budget import GRADIENT_TOKENS
 from compress.passes.base import PassSettings
+from compress.passes.cast.schemes import SCHEMES, SchemeName
 from compress.passes.effort import Effort, EffortDefaults
 from compress.settings import ByteSize, distinct
 from compress.spec.formats import FIXED_GROUPS, INTEGERS, TRELLISES, QuantFormat
@@ -52,17 +53,33 @@ def _corrections(value: list[Correction]) -> list[Correction]:
     return [name for name in CORRECTIONS if name in value]
 
 
+def _of_scheme(key: str, otherwise: Any = None) -> Callable[[dict[str, Any]], Any]:
+    """The default of a field: what the scheme says, if there is one."""
+
+    def default(fields: dict[str, Any]) -> Any:
+        scheme = fields["scheme"]
+        return otherwise if scheme is None else SCHEMES[scheme].settings()[key]
+
+    return default
+
+
 class CastSettings(PassSettings):
     """Settings of `cast`."""
 
     efforts: ClassVar[EffortDefaults | None] = EFFORTS
     effort: Effort = EFFORTS.setting()
-    weights: Format | None = Field(
+    scheme: SchemeName | None = Field(
         default=None,
-        description="Format of the weights; or give a budget, `bits` or `max_bytes`. Floats (bf16, fp16, fp32) apply to "
-        "every tensor and round to nearest even. Codes (int8 … int2; fp8, which is E4M3; mxfp4; nvfp4; trellis4 … trellis2) "
-        "apply to the matrices of blocks. Trellis codes (QTIP, arXiv 2406.11235) are the most accurate at 2 to 4 bits; only "
-        "`store: compact` holds them. Embeddings and head keep their format unless `overrides` names them.",
+        description="A scheme of compressed-tensors by its name. It stands for `weights`, `symmetric`, `activations` and a "
+        "default group size, 128 for integers but W8A8: matrices whose inputs 128 does not divide get groups of 64 or 32, or "
+        "one scale per output.",
+    )
+    weights: Format | None = Field(
+        default_factory=_of_scheme("weights"),
+        description="Format of the weights; or name a `scheme`, or give a budget, `bits` or `max_bytes`. Floats (bf16, fp16, "
+        "fp32) apply to every tensor and round to nearest even. Codes (int8 … int2; fp8, which is E4M3; mxfp4; nvfp4; "
+        "trellis4 … trellis2) apply to the matrices of blocks. Trellis codes (QTIP, arXiv 2406.11235) are the most accurate at "
+        "2 to 4 bits; only `store: compact` holds them. Embeddings and head keep their format unless `overrides` names them.",
     )
     bits: float | None = Field(
         default=None,
@@ -105,7 +122,7 @@ class CastSettings(PassSettings):
         "matrix [out, in x positions]. The first convolution and depthwise ones keep their format unless `only` or "
         "`overrides` name them. Stock loaders cannot read such codes, so the default is true with `store: compact` alone.",
     )
-    symmetric: bool = Field(default=True, description="Integers without zero points.")
+    symmetric: bool = Field(default_factory=_of_scheme("symmetric", True), description="Integers without zero points.")
     method: Literal["rtn", "mse", "gptq"] = Field(
         default="gptq",
         description="How codes are chosen. `gptq`: round column by column; later columns compensate for the error (GPTQ, "
@@ -139,7 +156,7 @@ class CastSettings(PassSettings):
         description="Learning rate of block reconstruction, relative to the size of each tensor's values.",
     )
     activations: Literal["int8", "fp8"] | None = Field(
-        default=None,
+        default_factory=_of_scheme("activations"),
         description="Record dynamic per-token quantisation of the inputs of cast layers in the config. The format is that "
         "of the weights: int8 or fp8. Stock transformers, vLLM and SGLang apply it; reported metrics include it. Not for "
         "the compact store.",
@@ -160,8 +177,9 @@ class CastSettings(PassSettings):
 
     @model_validator(mode="after")
     def _fits(self) -> Self:
+        self._check_scheme()
         if sum(value is not None for value in (self.weights, self.bits, self.max_bytes)) != 1:
-            raise ValueError("give one of `weights`, `bits` and `max_bytes`")
+            raise ValueError("give one of `scheme`, `weights`, `bits` and `max_bytes`")
         formats = self.formats_used
         if isinstance(self.group_size, int) and self.group_size < 1:
             raise ValueError("`group_size` is a number from 1 up, or `channel`")
@@ -176,6 +194,12 @@ class CastSettings(PassSettings):
         if self.kv_cache_scales is not None and self.kv_cache is None:
             raise ValueError("`kv_cache_scales` goes with `kv_cache`")
         return self
+
+    def _check_scheme(self) -> None:
+        """Raise `ValueError` for a setting that is not that of the scheme."""
+        for key, value in {} if self.scheme is None else SCHEMES[self.scheme].settings().items():
+            if getattr(self, key) != value:
+                raise ValueError(f"`{key}` is part of `scheme: {self.scheme}`: leave one of both out")
 
     @property
     def static_cache(self) -> Literal["tensor", "head"] | None:
@@ -219,13 +243,19 @@ class CastSettings(PassSettings):
             result |= {f"{format_}/{size}": format_ for format_ in finer for size in _LARGER}
         return result
 
+    def _usual_group(self, format_: str) -> int:
+        """The group size of an integer format or fp8 without ``group_size``."""
+        scheme = None if self.scheme is None else SCHEMES[self.scheme]
+        own = scheme.group if scheme is not None and scheme.weights == format_ else None
+        return own or (64 if INTEGERS.get(format_, 8) < 8 else 0)
+
     def quant_format(self, option: str) -> QuantFormat:
         """The quantisation format with these settings; an option has its own group size."""
         format_, _, own = option.partition("/")
         group = FIXED_GROUPS.get(format_)
         if group is None:
             size = self.group_size if not own else "channel" if own == "channel" else int(own)
-            group = (64 if INTEGERS.get(format_, 8) < 8 else 0) if size is None else 0 if size == "channel" else size
+            group = self._usual_group(format_) if size is None else 0 if size == "channel" else size
         symmetric = self.symmetric or format_ not in INTEGERS
         activations = self.activations if format_ == self.activations else None
         return QuantFormat(format_, group, symmetric, activations=activations)

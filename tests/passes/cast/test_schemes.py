@@ -1,0 +1,85 @@
+"""`cast: {scheme: …}`: each is what compressed-tensors calls by that name, and is written as planned."""
+
+from __future__ import annotations
+
+import json
+from typing import get_args
+
+import pytest
+import torch
+from compressed_tensors.quantization.quant_scheme import PRESET_SCHEMES
+
+from compress.checkpoint.open import open_checkpoint
+from compress.errors import RecipeError
+from compress.passes.cast.schemes import SCHEMES, SchemeName, find, refusal
+from compress.passes.cast.settings import CastSettings
+from compress.planning import planned_size, size_on_disk
+from compress.recipe import recipe_from_mapping, resolved
+from tests import pico
+from tests.toolbox import apply, plan, write
+
+
+def test_schemes_are_listed_once():
+    assert list(SCHEMES) == [*get_args(SchemeName)]
+
+
+@pytest.mark.parametrize("name", sorted(PRESET_SCHEMES))
+def test_scheme_of_compressed_tensors_is_known_or_refused_with_one_that_is(name):
+    if name in ("UNQUANTIZED", "INT8"):  # no scheme; another name of W8A8
+        return
+    if find(name) is None:
+        assert str(refusal(name)).partition("use `scheme: ")[2].strip("`") in SCHEMES
+    else:
+        assert find(name.lower()) == name
+        assert refusal(name) is None
+
+
+@pytest.mark.parametrize("name", [name for name in SCHEMES if name != "W4A16_ASYM"])  # stock loaders read none of it
+def test_scheme_is_written_as_planned_and_as_compressed_tensors_has_it(name, tmp_path):
+    sizes = {"num_hidden_layers": 1, "hidden_size": 128, "head_dim": 32, "intermediate_size": 256}
+    before = open_checkpoint(pico.folder("llama", dtype=torch.bfloat16, **sizes))
+    settings = {"scheme": name, "method": "rtn"}
+    written = write(apply(before, "cast", work=tmp_path / "work", **settings), tmp_path / "out")
+    assert size_on_disk(written).bytes == planned_size(plan(before, "cast", **settings), "stock", 1 << 40).bytes
+    config = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]
+    (group,) = config["config_groups"].values()
+    wanted = PRESET_SCHEMES[name]
+    for part in ("weights", "input_activations"):
+        given, args = group.get(part), wanted.get(part)
+        assert (given is None) == (args is None), part
+        for key in ("num_bits", "type", "strategy", "symmetric", "dynamic", "group_size") if given else ():
+            assert given.get(key) == getattr(args, key), (part, key)
+
+
+def test_scheme_takes_smaller_groups_where_128_does_not_divide():
+    before = open_checkpoint(pico.folder("llama", num_hidden_layers=1, hidden_size=64, intermediate_size=96))
+    cast = plan(before, "cast", scheme="W4A16")
+    assert {t.quant_format.group for t in cast.stored() if t.quant_format is not None} == {64, 32}
+
+
+def test_scheme_leaves_overrides_their_own_groups():
+    settings = CastSettings(scheme="W4A16", overrides={"*": "int8"})
+    assert [settings.quant_format(f).group for f in ("int4", "int8")] == [128, 0]
+
+
+def test_scheme_stays_when_resolved():
+    data = {"calibration": {"files": ["text.txt"]}}
+    mapping = {"model": "m", "output": "o", "data": data, "passes": [{"cast": {"scheme": "W8A8"}}]}
+    recipe = recipe_from_mapping(mapping, check_files=False)
+    assert resolved(recipe)["passes"][0]["cast"]["activations"] == "int8"
+    assert recipe_from_mapping(resolved(recipe), check_files=False) == recipe
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"scheme": "W4A16", "weights": "int8"}, "`weights` is part of `scheme: W4A16`: leave one of both out"),
+        ({"scheme": "W4A16", "symmetric": False}, "`symmetric` is part of `scheme: W4A16`"),
+        ({"scheme": "W4A16", "bits": 3}, "give one of `scheme`, `weights`, `bits` and `max_bytes`"),
+        ({"scheme": "NVFP4A16", "group_size": 128}, "nvfp4 has groups of 16: leave `group_size` out"),
+    ],
+)
+def test_scheme_refuses_what_contradicts_it(settings, message):
+    with pytest.raises(RecipeError, match=r"passes\.0: ") as caught:
+        recipe_from_mapping({"model": "m", "output": "o", "passes": [{"cast": settings}]}, check_files=False)
+    assert message in str(caught.value)
