@@ -174,6 +174,7 @@ def test_world_of_two_runs_a_recipe(recipe_file, tmp_path):
     assert "gates: failed" in failing
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["mse", "gptq"])
 def test_world_of_two_shares_chosen_formats(recipe_file, tmp_path, method):
     recipe = json.loads(recipe_file.read_text())
@@ -297,6 +298,7 @@ def test_world_of_two_removes_the_same_units(tmp_path):
         assert difference < 0.01, (name, difference)
 
 
+@pytest.mark.slow
 def test_world_of_two_trains_the_same_student(recipe_file, tmp_path):
     """Prune, distill, cast as one run; sums in another order differ in their last digits, so weights nearly agree."""
     recipe = json.loads(recipe_file.read_text())

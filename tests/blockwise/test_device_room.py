@@ -54,6 +54,7 @@ def test_held_states_are_copies_and_only_those_that_were_written():
     assert HeldStates(DeviceRoom(0, int), torch.empty(0), (4, 3)).read([0]) is None
 
 
+@pytest.mark.slow
 def test_a_run_that_holds_hidden_states_ends_with_the_same_bytes(tmp_path, monkeypatch):
     """Much room, and room for some of them."""
     rooms = []

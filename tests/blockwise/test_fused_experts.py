@@ -132,6 +132,7 @@ def test_calibrated_codes_of_experts_beat_rounding(models, data, tmp_path):
     assert torch.equal(stock_logits(tmp_path / "gptq", tmp_path, trust=True), our_logits(tmp_path / "gptq"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["gpt_oss", pytest.param("granitemoe", marks=pytest.mark.slow)])
 def test_budgets_and_allocation_reach_such_experts(family, models, data, tmp_path):
     settings = {"bits": 4.8, "group_size": 16, "reconstruction_epochs": 0, "error_correction": [], "store": "compact"}

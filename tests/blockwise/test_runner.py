@@ -215,6 +215,7 @@ class Stop(Exception):
     pass
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("at", [0, 1, 3])
 def test_resumed_run_ends_with_the_same_bytes(at, device, folders, tmp_path):
     checkpoint = open_checkpoint(folders["llama"])

@@ -113,6 +113,7 @@ def test_foreign_codes_match_stock_transformers(folders, stock_outputs, tmp_path
     assert {name: row["difference"] for name, row in found.items() if not row["difference"] <= 1e-5} == {}
 
 
+@pytest.mark.slow
 def test_foreign_codes_are_written_again_unchanged(folders, tmp_path):
     for name, folder in folders.items():
         again = write(open_checkpoint(folder), tmp_path / name).folder
@@ -129,6 +130,7 @@ def test_foreign_codes_are_written_again_unchanged(folders, tmp_path):
         assert torch.equal(pico.logits(compress.load(folder)), pico.logits(compress.load(again)))
 
 
+@pytest.mark.slow
 def test_unpack_of_foreign_codes_leaves_weights_only(folders, tmp_path):
     """FAULTS F5: 8 to 28 stray tensors, which nobody takes back."""
     for name, folder in folders.items():

@@ -171,6 +171,7 @@ def test_hub_reports_what_is_missing(call, model, options, message):
     assert len(done.stderr.strip().splitlines()) == 1
 
 
+@pytest.mark.slow
 def test_hub_reads_a_single_file_beside_shards(hub, call, tmp_path):
     """Headers by range requests and a run agree on what is read and on what is refused."""
     shards = sorted(hub.folder.glob("model-*"))

@@ -84,6 +84,7 @@ def recipe(model: Path, output: Path, texts, passes, **more):
     return {"model": str(model), "output": str(output), "passes": passes, **common, **more}
 
 
+@pytest.mark.slow
 def test_remote_code_is_used_by_every_kind_of_pass(foreign, record, texts, tmp_path, stock):
     wide = {"prune_structured": {"mlp": "25%", "compensation": "none", "importance": "magnitude"}}
     steps = {"distill": {"steps": 2, "batch_size": 2, "validation_samples": 2, "learning_rate": 1e-3}}

@@ -163,6 +163,7 @@ def test_open_headers_says_what_it_leaves_out(folders):
     assert len(notes["t5"]) == 4
 
 
+@pytest.mark.slow
 def test_run_of_untidy_files_matches_plan_and_loads_in_stock(folders, tmp_path, stock_outputs):
     outputs = {}
     for case, folder in folders.items():

@@ -172,6 +172,7 @@ def test_arguments_that_it_does_not_know_are_refused_by_name():
         model(torch.arange(9)[None], output_attentions=True)
 
 
+@pytest.mark.slow
 def test_the_bundled_file_registers_it_and_stock_loading_takes_it(tmp_path, stock):
     from compress.checkpoint.open import open_checkpoint
     from compress.checkpoint.write import write_checkpoint

@@ -35,6 +35,7 @@ def rounded(tmp_path_factory):
     return made
 
 
+@pytest.mark.slow
 def test_emulated_inputs_match_stock_logits(rounded, stock_outputs, tmp_path):
     """In a process without the package; those without rounding are far from them."""
     cases, effects = {}, {}

@@ -21,7 +21,7 @@ with torch.no_grad():
 """
 
 
-@pytest.fixture(params=["bert", "roberta"])
+@pytest.fixture(params=["bert", pytest.param("roberta", marks=pytest.mark.slow)])
 def encoder(request, tmp_path):
     stock = {"bert": transformers.BertModel, "roberta": transformers.RobertaModel}[request.param]
     torch.manual_seed(0)

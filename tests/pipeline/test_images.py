@@ -125,6 +125,7 @@ def distilled(pictures, out, **settings):
     return details["training"]
 
 
+@pytest.mark.slow
 def test_distill_of_images_by_losses_and_micro_batches(pictures, tmp_path):
     losses = {"kl": 1, "reverse_kl": 0.5, "skewed_kl": 0.5, "js": 0.5, "labels": 0.5, "hidden": 0.5}
     whole = distilled(pictures, tmp_path / "whole", losses=losses)
@@ -300,6 +301,7 @@ def test_check_and_eval_of_images_by_command(pictures, tmp_path, cli):
     assert cli("check", tmp_path / "again.yaml", "--resolved") == (status, text)
 
 
+@pytest.mark.slow
 def test_passes_calibrate_on_images(pictures, tmp_path):
     """The Hessian of the first block's queries is that of transformers' own run over the same pixels."""
     folder, train, _ = pictures

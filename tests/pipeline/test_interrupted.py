@@ -66,8 +66,8 @@ write._pwrite = slow
 @pytest.mark.parametrize(
     ("stage", "number", "status"),
     [
-        (1, signal.SIGINT, 130),
-        (3, signal.SIGTERM, 130),
+        pytest.param(1, signal.SIGINT, 130, marks=pytest.mark.slow),
+        pytest.param(3, signal.SIGTERM, 130, marks=pytest.mark.slow),
         (3, signal.SIGKILL, -9),
         pytest.param(3, signal.SIGINT, 130, marks=pytest.mark.slow),
         pytest.param(1, signal.SIGTERM, 130, marks=pytest.mark.slow),
@@ -97,6 +97,7 @@ def test_run_resumes_when_stopped_while_writing(number, status, stage, recipe_fi
     assert not list(tmp_path.glob(".out*"))
 
 
+@pytest.mark.slow
 def test_run_killed_ends_with_unbroken_bytes(recipe, recipe_file, tmp_path):
     import compress
 
@@ -155,6 +156,7 @@ def test_run_refuses_a_second_run_at_the_same_output(recipe_file):
     first.communicate()
 
 
+@pytest.mark.slow
 def test_run_resumes_after_a_full_disk(recipe_file, tmp_path):
     """A limit on file size stands in for a full disk: the kernel refuses the write (EFBIG), as it does with ENOSPC."""
     path = recipe_file()

@@ -70,6 +70,7 @@ def test_run_has_nothing_to_do_the_second_time(recipe, tmp_path):
     assert (tmp_path / "out/model.safetensors").stat().st_mtime_ns == stamp
 
 
+@pytest.mark.slow
 def test_run_of_the_same_recipe_gives_the_same_bytes(recipe, tmp_path):
     compress.run(recipe())
     compress.run(recipe(output=str(tmp_path / "other")))
@@ -78,6 +79,7 @@ def test_run_of_the_same_recipe_gives_the_same_bytes(recipe, tmp_path):
     assert weights(tmp_path / "out") == weights(tmp_path / "other")
 
 
+@pytest.mark.slow
 def test_run_of_fused_stages_matches_separate_ones(recipe, tmp_path):
     compress.run(recipe())
     fused = compress.run(recipe(output=str(tmp_path / "fused"), evaluate_at="end"))
@@ -105,6 +107,7 @@ def test_run_recomputes_from_the_first_difference(recipe, tmp_path):
     assert [s["reused"] for s in back.report["stages"]] == [True, True, True]
 
 
+@pytest.mark.slow
 def test_run_recomputes_nothing_when_only_gates_change(recipe):
     compress.run(recipe())
     again = compress.run(recipe(gates={"size": {"max_ratio": 0.01}}))
@@ -130,6 +133,7 @@ def test_run_keeps_an_earlier_result_when_the_new_one_fails(recipe, tmp_path):
     assert weights(tmp_path / "out") == before
 
 
+@pytest.mark.slow
 def test_run_does_not_reuse_a_changed_stage(recipe, tmp_path):
     compress.run(recipe())
     stage = next(p for p in (tmp_path / "out.run/stages").iterdir() if p.name.endswith("prune_structured"))
@@ -141,6 +145,7 @@ def test_run_does_not_reuse_a_changed_stage(recipe, tmp_path):
     assert not again.report["stages"][0]["reused"]
 
 
+@pytest.mark.slow
 def test_run_notices_a_changed_input(recipe, tmp_path, pico_llama):
     model = Path(shutil.copytree(pico_llama, tmp_path / "model"))
     compress.run(recipe(model=str(model)))

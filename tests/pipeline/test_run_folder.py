@@ -57,6 +57,7 @@ def test_run_recognizes_a_copied_or_touched_result(small, tmp_path):
     assert not list(tmp_path.glob(".*"))
 
 
+@pytest.mark.slow
 def test_run_rejects_a_changed_provenance_or_report(small, tmp_path):
     compress.run(small(gates={"size": {"max_ratio": 0.1}}), publish_anyway=True)
     report = tmp_path / "out.run/report.json"
@@ -136,6 +137,7 @@ def test_stage_record_is_written_before_work_is_removed(recipe, tmp_path):
     assert (tmp_path / "out/model.safetensors").read_bytes() == right
 
 
+@pytest.mark.slow
 def test_stage_begins_anew_when_state_is_unusable(recipe, tmp_path):
     """The stage begins anew, with the bytes of an unbroken run. State that fails is set aside; no record is not a state."""
     passes = [{"prune_unstructured": {"method": "sparsegpt", "sparsity": "60%", "effort": "fast"}}]

@@ -132,6 +132,7 @@ print(json.dumps(result))
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("kinds", "passes"),
     [(FAST[:3], PASSES[1:]), (FAST[3:], PASSES[:1]), pytest.param(tuple(CASES), PASSES, marks=pytest.mark.slow)],

@@ -42,15 +42,18 @@ def run(model, texts, output, settings):
     ("family", "name", "settings", "cold"),
     [
         ("qwen3_moe", "cast", {"weights": "int4", "group_size": 32}, 16),
-        (
+        pytest.param(
             "mixtral",
             "cast",
             {"weights": "int8", "error_correction": [], "reconstruction_epochs": 1, "only": ["*layers.1.*experts*"]},
             4,
+            marks=pytest.mark.slow,
         ),
-        ("mixtral", "share", {"codebook_bits": 4, "only": ["*layers.0.*experts*"]}, 4),
+        pytest.param(
+            "mixtral", "share", {"codebook_bits": 4, "only": ["*layers.0.*experts*"]}, 4, marks=pytest.mark.slow
+        ),
         ("qwen3_moe", "prune_unstructured", {"method": "wanda", "sparsity": 0.5, "allocation": "owl"}, 16),
-        ("qwen3_moe", "prune_structured", {"mlp": "25%"}, 16),
+        pytest.param("qwen3_moe", "prune_structured", {"mlp": "25%"}, 16, marks=pytest.mark.slow),
         ("qwen3_moe", "prune_structured", {"experts": 2, "compensation": "none"}, 16),
     ],
 )

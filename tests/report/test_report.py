@@ -114,6 +114,7 @@ def test_published_card_is_reproducible(finished):
         assert "/tmp" not in text
 
 
+@pytest.mark.slow
 def test_report_lists_shapes_tried_for_a_target(tmp_path, pico_llama, texts):
     train, _ = texts
     done = compress.run(

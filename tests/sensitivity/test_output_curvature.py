@@ -64,6 +64,7 @@ def expected(runner, chunk):
     return sums
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 def test_output_curvature_matches_a_backward_pass_through_the_whole_model(family, tmp_path, monkeypatch):
     mask = None

@@ -114,6 +114,7 @@ def zero(folder):
     file.write_bytes(bytes(file.stat().st_size))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("what", RUINED)
 def test_run_resumes_when_state_is_damaged(tmp_path, recipe, expected, stopped, what):
     shutil.copytree(stopped, tmp_path, dirs_exist_ok=True)

@@ -156,6 +156,7 @@ def test_plan_of_carving_is_exact_to_the_byte(dtype, tmp_path):
     assert {t.dtype for t in cast.stored() if t.name.endswith("mlp.gate.weight")} == {"F32"}
 
 
+@pytest.mark.slow
 def test_repairs_lower_the_error(tmp_path):
     """Solving for the down projections helps each block, and tuning helps more, on samples that are not trained on."""
     folder, errors = pico.folder("llama"), {}
@@ -171,6 +172,7 @@ def test_repairs_lower_the_error(tmp_path):
     assert errors["tune"] < errors["least_squares"] < errors["none"]
 
 
+@pytest.mark.slow
 def test_carving_resumes_between_blocks(tmp_path, monkeypatch):
     folder = pico.folder("llama")
     whole = write(carve(folder, tmp_path / "a", repair="tune", tune_epochs=2), tmp_path / "whole")
@@ -190,6 +192,7 @@ def test_carving_resumes_between_blocks(tmp_path, monkeypatch):
     assert (whole.folder / "model.safetensors").read_bytes() == (resumed.folder / "model.safetensors").read_bytes()
 
 
+@pytest.mark.slow
 def test_padding_does_not_change_what_is_carved(tmp_path):
     folder = pico.folder("llama")
     padded, mask = torch.cat([IDS, torch.full((24, 6), 7)], 1), torch.ones(24, 38).bool()
@@ -201,6 +204,7 @@ def test_padding_does_not_change_what_is_carved(tmp_path):
         torch.testing.assert_close(plain.tensor(name).data, other.tensor(name).data, rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_later_passes_know_the_experts(tmp_path):
     """Experts are removed, and codes are given to all but the router."""
     out = write(carve(pico.folder("llama"), tmp_path / "work"), tmp_path / "out")
@@ -214,6 +218,7 @@ def test_later_passes_know_the_experts(tmp_path):
     assert not [name for name in coded if name.endswith(("mlp.gate.weight", "shared_expert_gate.weight"))]
 
 
+@pytest.mark.slow
 def test_distilling_leaves_flat_routers_as_they_are(tmp_path):
     import compress
 

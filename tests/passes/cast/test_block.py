@@ -100,6 +100,7 @@ def test_cast_kv_cache_format_is_written_to_config(folders, tmp_path):
         compress.apply("cast", folders["gpt2"], tmp_path / "o", store="compact", **settings)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("format_", ["mxfp4", "nvfp4", "int4"])
 def test_cast_codes_of_bfloat16_checkpoints_match_stock(format_, folders, tmp_path):
     group = {"group_size": 16} if format_ == "int4" else {}
@@ -189,6 +190,7 @@ def test_cast_gptq_matches_inputs_behind_earlier_matrices(folders, tmp_path):
             model.get_submodule(f"model.layers.0.{part}").weight.data.copy_(dequantize(codes))
 
 
+@pytest.mark.slow
 def test_cast_keeps_pruned_weights_zero(folders, data, tmp_path):
     base = open_checkpoint(folders["llama"])
     pruned = write(

@@ -51,6 +51,7 @@ def test_cast_budget_on_experts(folders, data, tmp_path):
     assert torch.equal(stock_logits(out, tmp_path), our_logits(out))
 
 
+@pytest.mark.slow
 def test_cast_budget_chooses_group_sizes(data, tmp_path):
     """With float32 scales groups of 64 take half a bit per weight: larger ones and more bits change the output less."""
     folder = pico.save(

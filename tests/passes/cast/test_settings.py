@@ -26,6 +26,7 @@ def codes(folder: Path, work: Path, correction: tuple[str, ...]) -> dict[str, to
     return {t.name: cast.tensor(t.name).codes.codes for t in cast.spec.stored() if t.quant_format is not None}
 
 
+@pytest.mark.slow
 def test_error_correction_combinations_give_different_codes(tmp_path: Path) -> None:
     folder = pico.folder("llama", num_hidden_layers=2)
     by_subset = {subset: codes(folder, tmp_path / "-".join(subset or ["none"]), subset) for subset in SUBSETS}

@@ -75,6 +75,7 @@ def test_distill_brings_pruned_student_nearer_and_keeps_masks(tmp_path, pruned, 
         assert not after.tensor(name).data[~after.tensor(name).mask].any()
 
 
+@pytest.mark.slow
 def test_distill_does_not_depend_on_micro_batches_and_checkpointing(tmp_path, pruned, pico_llama):
     whole, _ = distilled(tmp_path, pruned, "a", teacher=str(pico_llama))
     parts, _ = distilled(
@@ -86,6 +87,7 @@ def test_distill_does_not_depend_on_micro_batches_and_checkpointing(tmp_path, pr
     assert not same(whole, pruned)
 
 
+@pytest.mark.slow
 def test_distill_weighs_padded_samples_by_token(tmp_path, pico_llama, texts):
     """A micro-batch with few tokens weighs as its tokens, not as a batch."""
     train, _ = texts
@@ -155,6 +157,7 @@ def test_distill_lowers_every_loss(tmp_path, pruned, pico_llama):
     assert all(last[name] < first[name] for name in losses if name != "labels"), (first, last)
 
 
+@pytest.mark.slow
 def test_distill_reports_rate_and_dropout(tmp_path, pico_llama):
     how = {"student": {"layers": 2}, "allow_noop": True, "steps": 2, "evaluate_every": 2}
     assert distilled(tmp_path, pico_llama, "a", **how)[1]["rate"] == pytest.approx(5e-4 * (2 / 500) ** 0.5)
@@ -162,6 +165,7 @@ def test_distill_reports_rate_and_dropout(tmp_path, pico_llama):
     assert distilled(tmp_path, pico_llama, "c", preset="from_scratch", **how)[1]["rate"] == 3e-3
 
 
+@pytest.mark.slow
 def test_distill_turns_dropout_off_by_default(tmp_path):
     """As one whose config has none; `dropout: true` turns it on."""
     rates = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
@@ -203,6 +207,7 @@ def test_distill_student_is_cut_from_the_checkpoint(tmp_path, pico_llama, begin)
         torch.testing.assert_close(after[name.format(new)], before[name.format(old)], atol=1e-6, rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_distill_student_is_narrower_or_fresh(tmp_path, pico_llama):
     out, _ = distilled(
         tmp_path,
@@ -228,6 +233,7 @@ def test_distill_student_is_narrower_or_fresh(tmp_path, pico_llama):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "family",
     ["gpt2", "qwen3_moe", "bert", *(pytest.param(f, marks=pytest.mark.slow) for f in ("gemma2", "opt", "distilbert"))],
@@ -247,6 +253,7 @@ def test_distill_writes_every_family_by_its_file_names(tmp_path, family):
     assert after.items() <= before.items()
 
 
+@pytest.mark.slow
 def test_distill_averages_several_teachers_by_weight(tmp_path, pico_llama):
     """Twice the same teacher is that teacher; another one beside it has its say, by weight."""
     student = {"layers": 2}
@@ -328,6 +335,7 @@ def test_distill_trains_a_classifier(tmp_path, labelled):
         distilled(tmp_path, teacher, "d", losses={"labels": 1.0}, label="label", **{**how, "data": wrong})
 
 
+@pytest.mark.slow
 def test_distill_trains_sentence_embeddings_by_cosine(tmp_path):
     for name, sizes in (("in", {}), ("wide", {"hidden_size": 48})):
         pico.model("bert", class_name="BertModel", **sizes).save_pretrained(tmp_path / name)
@@ -340,6 +348,7 @@ def test_distill_trains_sentence_embeddings_by_cosine(tmp_path):
     assert 0 < said["held_out"][-1]["loss"] < said["held_out"][0]["loss"]
 
 
+@pytest.mark.slow
 def test_distill_in_bfloat16_compiled_and_batched_by_tokens(tmp_path, pico_llama):
     how = {"losses": {"labels": 1.0}, "learning_rate": 3e-3, "evaluate_every": 8, "steps": None}
     _, said = distilled(tmp_path, pico_llama, "a", autocast="bfloat16", tokens=16 * 8 * 12, **how)
@@ -427,6 +436,7 @@ def test_distill_ends_in_one_line_when_training_diverges(tmp_path, pico_llama):
         )
 
 
+@pytest.mark.slow
 def test_distill_stops_early_and_keeps_the_best(tmp_path, pico_llama):
     how = {"learning_rate": 1.0, "steps": 40, "evaluate_every": 2, "patience": 3, "warmup_ratio": 0}
     with pytest.warns(
@@ -468,6 +478,7 @@ def start(*parts):
     return Process("from compress.cli import main; main()", *parts)
 
 
+@pytest.mark.slow
 def test_distill_killed_run_ends_with_the_same_bytes(tmp_path, recipe):
     whole = start("run", recipe("whole"), "--quiet")
     _, errors = whole.communicate()

@@ -54,6 +54,7 @@ def test_factorize_loads_and_matches_dense_twin(family, folders, tmp_path):
         assert down[0] == up[1] == edit.values["rank"]
 
 
+@pytest.mark.slow
 def test_factorize_ranks_keep_the_budget_and_lower_the_error(folders, tmp_path):
     found = {}
     for name, settings in {
@@ -69,12 +70,14 @@ def test_factorize_ranks_keep_the_budget_and_lower_the_error(folders, tmp_path):
     assert found["tuned"] <= found["loss"] < found["uniform"]  # tuning is undone where held-back samples do not gain
 
 
+@pytest.mark.slow
 def test_factorize_is_reproducible(folders, tmp_path):
     for name in ("a", "b"):
         factorize(folders["llama"], tmp_path / name, keep_parameters=0.6, reconstruction_epochs=1)
     assert (tmp_path / "a/model.safetensors").read_bytes() == (tmp_path / "b/model.safetensors").read_bytes()
 
 
+@pytest.mark.slow
 def test_factorize_is_followed_by_other_passes(folders, tmp_path):
     factorize(folders["gpt2"], tmp_path / "factors", rank=8, reconstruction_epochs=0)
     common = {"data": IDS, "store": "compact", "effort": "fast"}

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import pytest
+
 import compress
 from compress.checkpoint.open import open_checkpoint
 from compress.report.details import render_details
 from tests import pico
 
 
+@pytest.mark.slow
 def test_distill_and_cast_follow_latent_attention(texts, tmp_path):
     """Training leaves the constant channel alone, and the teacher is the original."""
     training = {"steps": 6, "batch_size": 4, "validation_samples": 4, "learning_rate": 1e-3, "allow_noop": True}

@@ -191,6 +191,7 @@ def test_max_cache_is_divided_by_trials_and_never_exceeded(tmp_path, data):
     assert divergence(checkpoint.folder, out.folder, held.ids) == pytest.approx(best["divergence"], rel=1e-3)
 
 
+@pytest.mark.slow
 def test_tuning_helps_and_leaves_the_constant_channel(tmp_path, data):
     checkpoint, details = open_checkpoint(pico.folder("llama")), {}
     sizes = {"keys": 12, "values": 10}
@@ -209,6 +210,7 @@ def test_tuning_helps_and_leaves_the_constant_channel(tmp_path, data):
         assert not tuned.tensor(f"{start}_proj_with_mqa.weight").data[10].any()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stop", ["measure", "solve", "tune"])
 def test_killed_run_resumes_to_the_same_bytes(tmp_path, data, monkeypatch, stop):
     checkpoint = open_checkpoint(pico.folder("llama"))

@@ -10,6 +10,7 @@ from compress.report.details import render_details
 from tests import pico
 
 
+@pytest.mark.slow
 def test_distill_and_cast_follow_a_conversion(texts, tmp_path):
     recipe = {
         "model": str(pico.folder()),

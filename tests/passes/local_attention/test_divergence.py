@@ -125,6 +125,7 @@ def test_killed_run_ends_with_the_same_bytes(texts, tmp_path):
         assert (tmp_path / "killed" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
 
 
+@pytest.mark.slow
 def test_tuning_comes_nearer_to_the_predictions_of_the_original(tmp_path, data):
     """On other samples than those of the calibration, and sinks that are off stay so."""
     before, windows = apply(pico.folder(), tmp_path / "before", data)

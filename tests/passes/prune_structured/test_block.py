@@ -18,7 +18,7 @@ from tests.toolbox import apply, plan, write
 
 TEXT = [f for f in pico.ONE_LIST if f != "vit"]
 #: Plain, with experts, transposed, with blocks alone to remove, and an encoder: each method is run on these at every commit.
-REPAIRED = ("llama", "gpt2")
+REPAIRED = ("llama",)
 IDS = torch.randint(0, 250, (96, 16), generator=torch.Generator().manual_seed(0))
 TEST = torch.randint(0, 250, (8, 16), generator=torch.Generator().manual_seed(1))
 
@@ -84,6 +84,7 @@ def test_compensation_methods_lower_the_error_in_turn(family, folders, tmp_path)
             assert layers["least_squares"][name] < 0.9 * error_before
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", pico.families(["llama", "gpt2", "phi3", "gemma2"], tier=("llama",)))
 def test_last_block_is_trained_towards_predictions(family, folders, tmp_path):
     """The last block's row holds the divergence of the whole model on the held-out samples; other blocks are as without it."""
@@ -117,6 +118,7 @@ def test_importance_by_loss_beats_activation_and_magnitude(family, folders, tmp_
     assert errors["obs"] < errors["magnitude"]
 
 
+@pytest.mark.slow
 def test_prune_structured_removes_every_kind_at_once(tmp_path):
     """Blocks, experts, hidden channels, heads and neurons in one pass: planned, loaded, nearer to the original when repaired."""
     folder = pico.save(tmp_path / "in", "qwen3_moe", with_tokenizer=False)

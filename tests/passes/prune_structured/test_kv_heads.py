@@ -141,6 +141,7 @@ def test_kv_heads_repairs_lower_the_error_in_turn(family, tmp_path):
     assert errors["tune"] < 0.95 * min(errors["mean"], errors["aligned"])
 
 
+@pytest.mark.slow
 def test_kv_heads_merge_beside_other_removals(tmp_path):
     folder = pico.save(tmp_path / "in", "qwen2", with_tokenizer=False, num_key_value_heads=4)
     settings = {"keep_kv_heads": 2, "mlp": "50%", "layers": [1], "hidden": 8, "reconstruction_epochs": 1}

@@ -121,6 +121,7 @@ def data():
     return Batches(torch.randint(5, 250, (24, 16), generator=torch.Generator().manual_seed(0)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", pico.families(UNEVEN, tier=("llama", "phi3", "gpt2", "bert")))
 def test_remove_neurons_of_uneven_widths_matches_zeroed_twin(family, folders, data, tmp_path):
     """Blocks lose different numbers, in all as many as asked; loaded by transformers alone, and here, it is the twin."""

@@ -25,7 +25,7 @@ def searched(original, tmp_path, **target):
     return write(apply(original, "prune_structured", **how, **target), tmp_path / "out"), details
 
 
-@pytest.mark.parametrize("family", ["llama", "gpt2", "mixtral"])
+@pytest.mark.parametrize("family", pico.families(["llama", "gpt2", "mixtral"], tier=("llama",)))
 @pytest.mark.parametrize("key", ["keep_parameters", "max_bytes"])
 def test_search_finds_least_costly_shape_for_target(family, key, tmp_path):
     original = open_checkpoint(pico.save(tmp_path / "in", family, with_tokenizer=False))
@@ -75,7 +75,7 @@ def clock(monkeypatch):
     return measured
 
 
-@pytest.mark.parametrize("family", ["llama", "gemma2", "gpt2", "mixtral", "bert"])
+@pytest.mark.parametrize("family", pico.families(["llama", "gemma2", "gpt2", "mixtral", "bert"], tier=("gpt2",)))
 def test_search_reaches_speed_at_least_divergence(family, tmp_path, monkeypatch):
     """Of the shapes that reach the ratio the one of least divergence; each is the largest of its depth and heads that does."""
     measured = clock(monkeypatch)

@@ -28,6 +28,7 @@ def idle_block(tmp_path_factory):
     return folder
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", METHODS)
 def test_allocation_by_loss_prunes_idle_blocks_most(method, idle_block, data, tmp_path):
     checkpoint, details = open_checkpoint(idle_block), {}
@@ -66,6 +67,7 @@ def test_allocation_by_loss_beats_uniform_and_resumes(idle_block, data, tmp_path
     assert (results[1] / "model.safetensors").read_bytes() == (results[2] / "model.safetensors").read_bytes()
 
 
+@pytest.mark.slow
 def test_allocation_by_loss_of_gpt2_and_refusals(folders, data, tmp_path):
     settings = {"method": "sparsegpt", "sparsity": 0.6, "reconstruction_epochs": 0, "allocation": "kl"}
     pruned = apply(open_checkpoint(folders["gpt2"]), "prune_unstructured", data=data, work=tmp_path, **settings)

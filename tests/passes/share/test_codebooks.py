@@ -23,8 +23,6 @@ from compress.workspace import Workspace
 from tests import pico
 from tests.toolbox import apply, write
 
-FAMILIES = ["llama", "gpt2", "qwen3_moe"]
-
 
 def matrices(checkpoint):
     return [t.name for t in checkpoint.spec.stored() if t.dtype in FLOAT_DTYPES and len(t.shape) >= 2]
@@ -44,7 +42,14 @@ def shared(checkpoint, work, bits, data=None, names=None, details=None):
     return cluster(checkpoint, spec, names, context(checkpoint, work, data, details), data is not None)
 
 
-@pytest.mark.parametrize(("family", "calibrated"), [("llama", False), *((family, True) for family in FAMILIES)])
+@pytest.mark.parametrize(
+    ("family", "calibrated"),
+    [
+        ("llama", False),
+        ("qwen3_moe", True),
+        *(pytest.param(f, True, marks=pytest.mark.slow) for f in ("llama", "gpt2")),
+    ],
+)
 def test_cluster_writes_what_is_planned_and_loads(family, calibrated, folders, data, tmp_path):
     checkpoint = open_checkpoint(folders[family])
     names = matrices(checkpoint)
@@ -105,6 +110,7 @@ def test_cluster_keeps_masks(family, store, calibrated, folders, data, tmp_path)
         assert not torch.signbit(gone).any()
 
 
+@pytest.mark.slow
 def test_cluster_error_falls_with_calibration_and_bits(folders, tmp_path):
     checkpoint = open_checkpoint(folders["llama"])
     data = Batches(torch.randint(2, 250, (32, 24), generator=torch.Generator().manual_seed(1)))
@@ -121,6 +127,7 @@ def test_cluster_error_falls_with_calibration_and_bits(folders, tmp_path):
     assert by_weights > 1.2 * solved > 10 * finer
 
 
+@pytest.mark.slow
 def test_cluster_takes_experts_without_tokens_by_weights(folders, tmp_path):
     checkpoint, details = open_checkpoint(folders["qwen3_moe"]), {}
     changed = shared(checkpoint, tmp_path / "w", 4, Batches(torch.full((2, 6), 7)), details=details)

@@ -25,6 +25,7 @@ MODELS = [
     ("llama", True), ("llama", False), ("gemma3_text", True), ("gpt2", True), ("gpt_neox", False), ("bloom", True), ("opt", True),
     ("qwen3_moe", False), ("bert", True), ("roberta", True), ("distilbert", True),
 ]  # fmt: skip
+QUICK = (("llama", True), ("llama", False), ("opt", True), ("bert", True))
 STOCK = """
 import sys, torch, transformers
 auto = transformers.AutoModelForMaskedLM if "bert" in sys.argv[1] else transformers.AutoModelForCausalLM
@@ -90,7 +91,11 @@ def test_thin_tied_beats_a_table_made_for_one_side(rank):
     assert all(float(t.grad.norm() * t.norm()) < 0.05 * found for t in parameters)
 
 
-@pytest.mark.parametrize(("family", "tied"), MODELS, ids=lambda v: str(v))
+@pytest.mark.parametrize(
+    ("family", "tied"),
+    [pytest.param(*case, marks=[] if case in QUICK else [pytest.mark.slow]) for case in MODELS],
+    ids=lambda v: str(v),
+)
 def test_thin_tables_load_in_stock(family, tied, tmp_path):
     """In a process without this package, what is written computes what its dense twin of the stock class does."""
     original = pico.save(tmp_path / "in", family, tie_word_embeddings=tied)

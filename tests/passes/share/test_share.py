@@ -82,6 +82,7 @@ def twins(family, folder):
     return model
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["llama", "gpt2", "phi3", "bert"])
 @pytest.mark.parametrize("parts", ["matrices", "all"])
 def test_share_of_equal_blocks_is_exact(family, parts, folders, tmp_path):
@@ -113,6 +114,7 @@ def error(folder, original):
     return divergence(original, folder, IDS)
 
 
+@pytest.mark.slow
 def test_share_least_squares_beats_mean_and_residuals_help(folders, tmp_path):
     found = {}
     for name, settings in {
@@ -146,6 +148,7 @@ def test_share_arrangements_place_blocks(arrangement, folders, tmp_path):
     assert all(a.split(".", 3)[3] == b.split(".", 3)[3] for a, b in aliases.items())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("steps", "fraction"),
     [
@@ -352,6 +355,7 @@ def test_share_ties_embeddings_towards_both(folders, tmp_path, stock):
         compress.apply("share", tmp_path / "out", tmp_path / "again", embeddings="tie", data=IDS)
 
 
+@pytest.mark.slow
 def test_share_is_followed_by_codebooks(folders, tmp_path):
     share(folders["llama"], tmp_path / "out", groups=2, codebook_bits=4)
     spec = open_checkpoint(tmp_path / "out").spec
