@@ -184,4 +184,8 @@ def _no_field(where: str, field: str, columns: ColumnNames, names: Iterable[str]
 
 def is_spellable(text: str) -> bool:
     """Whether UTF-8 can spell it; JSON can spell more."""
-    return text.isascii() or not any("\ud800" <= c <= "\udfff" for c in text)
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True

@@ -14,6 +14,9 @@ from compress.errors import DataError
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+#: A document with this many characters for each token of the stream is drawn in pieces: tokens have about four.
+_LONG = 16
+
 
 def sample_windows(
     tokenizer: PreTrainedTokenizerBase, documents: Sequence[Document], samples: int, length: int, seed: int
@@ -24,6 +27,9 @@ def sample_windows(
     (where the tokenizer has one). Windows are drawn from the stream at random without overlap. Where the tokenizer puts a
     beginning-of-text token before a text, every window begins with one: models that were trained with it expect it.
 
+    A text much longer than the stream is cut at ends of lines into pieces of a few windows, which are shuffled among the
+    other documents as ``file#index@character``: its rest is not tokenised.
+
     Raises:
         DataError: the text gives fewer than ``samples`` windows, holds chats that the tokenizer has no template for, or a
             window has no room beside the beginning-of-text token.
@@ -31,11 +37,12 @@ def sample_windows(
     import torch
 
     generator = random.Random(seed)
-    order = list(documents)
-    generator.shuffle(order)
     begin, cut = _window(tokenizer, length)
     # a stream four times as long as asked is random enough, whatever the text's size
-    stream, begins = _stream(tokenizer, order, 4 * samples * cut, begin)
+    wanted = 4 * samples * cut
+    order = [piece for document in documents for piece in _pieces(document, _LONG * cut, _LONG * wanted)]
+    generator.shuffle(order)
+    stream, begins = _stream(tokenizer, order, wanted, begin)
     slots = len(stream) // cut
     if slots < samples:
         raise DataError(
@@ -84,6 +91,18 @@ def _window(tokenizer: PreTrainedTokenizerBase, length: int) -> tuple[list[int],
             "a sample of 1 token has no room beside the beginning-of-text token", fix="set length to 2 or more"
         )
     return [begin], length - 1
+
+
+def _pieces(document: Document, size: int, longest: int) -> Iterator[Document]:
+    """A document, or where its text has more than ``longest`` characters its lines, in pieces of ``size`` or a little more."""
+    if document.messages is not None or len(document.text) <= longest:
+        yield document
+        return
+    start = 0
+    while start < len(document.text):
+        end = document.text.find("\n", start + size, start + 2 * size) + 1 or start + size
+        yield Document(f"{document.id}@{start}", document.text[start:end])
+        start = end
 
 
 def _stream(

@@ -49,6 +49,33 @@ def test_sample_windows_names_where_each_begins(tokenizer):
     assert sample_windows(tokenizer, documents(), 40, 16, 2).chosen != drawn.chosen
 
 
+def test_a_text_much_longer_than_the_stream_is_drawn_in_pieces(tokenizer):
+    lines = "\n".join(d.text for d in documents(200))
+    text = Document("long.txt#0", lines)
+    assert len(lines) > 16 * 4 * 6 * 16
+    read = []
+
+    class Counting:
+        def __getattr__(self, name):
+            return getattr(tokenizer, name)
+
+        def __call__(self, text, **options):
+            read.append(len(text))
+            return tokenizer(text, **options)
+
+    drawn = sample_windows(Counting(), [text], 6, 16, 1)
+    assert sum(read) < len(lines) / 4
+    places = [int(place.partition("@")[2].partition("+")[0]) for place in drawn.chosen]
+    assert len(set(places)) > 1
+    assert all(place == 0 or lines[place - 1] == "\n" for place in places)
+    for ids, place, at in zip(drawn.ids.tolist(), drawn.chosen, places, strict=True):
+        start = int(place.partition("+")[2])
+        inside = ids[: ids.index(tokenizer.eos_token_id)] if tokenizer.eos_token_id in ids else ids
+        assert tokens(tokenizer, lines[at : at + 1024])[start : start + len(inside)] == inside
+    whole = sample_windows(tokenizer, [Document("long.txt#0", lines[:4000])], 6, 16, 1)
+    assert not any("@" in place for place in whole.chosen)
+
+
 def test_sampling_refuses_too_little_text(tokenizer):
     with pytest.raises(DataError, match=r"asks for 9 samples of 500 tokens, the text gives 0"):
         sample_windows(tokenizer, documents(1), 9, 500, 0)
