@@ -13,6 +13,7 @@ from pydantic_core import PydanticCustomError
 
 from compress import passes
 from compress.checkpoint.hub import is_hub_id
+from compress.data.default_text import DEFAULT
 from compress.data.kinds import refusal
 from compress.errors import CompressError
 from compress.evaluation.repetition_settings import RepetitionSettings
@@ -152,6 +153,8 @@ def missing_files(root: MapNode) -> Iterator[Problem]:
                 yield Problem(f"{given}: {what}", find_place(root, key), key, _near(path))
         for i, item in enumerate(files.items if isinstance(files, ListNode) else ()):
             text = text_of(item)
+            if text == DEFAULT:
+                continue
             if text and not (path := _local(text)).is_file():
                 what = "is a folder, not a text file" if path.is_dir() else "there is no such file"
                 yield Problem(f"{text}: {what}", item.place, ("data", name, "files", i), _near(path))

@@ -2,10 +2,19 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field, WithJsonSchema, model_validator
+from pydantic import (
+    AfterValidator,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    WithJsonSchema,
+    field_validator,
+    model_validator,
+)
 
+from compress.data.default_text import located
 from compress.data.kinds import FIELD, FIELD_KINDS, holds_ids, kind
 from compress.data.row_templates import template_columns
 from compress.evaluation.tasks import Given
@@ -28,7 +37,10 @@ ColumnSettings = Annotated[
     WithJsonSchema({"anyOf": [{"type": "string"}, {"type": "array", "items": {"type": "string"}}]}),
 ]
 
-_KINDS = "Text files: .txt, .jsonl, .json, .csv, .tsv or .parquet, each also compressed (.gz, .zst)"
+_KINDS = (
+    "Text files: .txt, .jsonl, .json, .csv, .tsv or .parquet, each also compressed (.gz, .zst); or `default`, English text in "
+    "the public domain that comes with the package"
+)
 _IMAGES = (
     "For image classifiers, instead of `files`: a folder with one folder of images (.png, .jpg, .jpeg, .bmp, .webp) for each "
     "class. A class folder is named as in the config's id2label or label2id, or by the class's number. {others}."
@@ -52,6 +64,8 @@ _FILES_OR_FOLDERS: Any = {"oneOf": [{"required": [name]} for name in ("files", "
 class TextFiles(Settings):
     """Text files, and the field to read of files that have fields."""
 
+    data_set: ClassVar[str] = ""
+
     files: Files = Field(description=f"{_KINDS}.")
     field: Text = Field(
         default=FIELD,
@@ -63,6 +77,11 @@ class TextFiles(Settings):
         description="Instead of `field`: build the text of a row from several columns, each named in braces, as in "
         '"{instruction}\\n{input}\\n{output}". An empty value adds nothing.',
     )
+
+    @field_validator("files", mode="before")
+    @classmethod
+    def _default_text(cls, value: Any) -> Any:
+        return tuple(located(file, cls.data_set) for file in value) if isinstance(value, (list, tuple)) else value
 
     @property
     def folder(self) -> str | None:
@@ -155,6 +174,8 @@ class Sampled(TextFiles):
 class TrainingData(Sampled):
     """Text or images that passes train on. All samples are used."""
 
+    data_set: ClassVar[str] = "training"
+
     model_config = ConfigDict(json_schema_extra=_FILES_OR_IMAGES)
 
     files: Files = Field(default=(), description=Sampled.model_fields["files"].description)
@@ -177,6 +198,8 @@ class TrainingData(Sampled):
 class CalibrationSection(Sampled):
     """Text, images or speech for calibration: passes measure the model's activations on it."""
 
+    data_set: ClassVar[str] = "calibration"
+
     model_config = ConfigDict(json_schema_extra=_FILES_OR_FOLDERS)
 
     files: Files = Field(default=(), description=Sampled.model_fields["files"].description)
@@ -197,6 +220,8 @@ class CalibrationSection(Sampled):
 
 class EvaluationSection(TextFiles):
     """Text or images that the original and every stage are evaluated on."""
+
+    data_set: ClassVar[str] = "evaluation"
 
     model_config = ConfigDict(json_schema_extra=_FILES_OR_IMAGES)
 

@@ -31,7 +31,7 @@ from compress.recipe.problems import (
     is_null,
 )
 from compress.recipe.resolve import plain_settings
-from compress.recipe.validate import build
+from compress.recipe.validate import build, spell_default_text
 from compress.settings import Pattern
 
 
@@ -144,6 +144,7 @@ def _finish(root: MapNode | None, sets: Sequence[str], files: _Files, check_file
     changes = [parse_set(text, rank, problems) for rank, text in enumerate(sets)]
     if root is not None:
         for change in changes:
+            spell_default_text(root)
             if change is not None:
                 change.apply(root, problems)
         recipe = build(root, problems, check_files=check_files, complete=files.complete)

@@ -11,6 +11,7 @@ from typing import Any
 
 from pydantic import BaseModel
 
+from compress.data.default_text import named
 from compress.escape import printable
 from compress.recipe.gates import bounds
 from compress.recipe.model import Recipe
@@ -29,6 +30,9 @@ def resolved(recipe: Recipe) -> dict[str, Any]:
         name: {k: v for k, v in section.items() if v or k not in ("files", "images", "speech")}
         for name, section in values["data"].items()
     }
+    for section in values["data"].values():
+        if "files" in section:
+            section["files"] = [named(file) for file in section["files"]]
     values["gates"] = {name: _gate(gate) for name, gate in values["gates"].items()}
     if recipe.evaluate is not None:
         values["evaluate"] = [e.name if e.plain else {e.name: plain_settings(e.settings)} for e in recipe.evaluate]

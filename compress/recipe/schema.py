@@ -10,6 +10,7 @@ from pydantic import BaseModel, ValidationError
 from pydantic.json_schema import models_json_schema
 
 from compress import passes
+from compress.data.default_text import DEFAULT
 from compress.recipe.metric_entries import SETTINGS
 from compress.recipe.model import Recipe
 
@@ -37,6 +38,8 @@ def recipe_schema() -> dict[str, Any]:
             "anyOf": [{"$ref": property_["$ref"]}, {"type": "null"}],
             **{key: value for key, value in property_.items() if key != "$ref"},
         }
+    for property_ in definitions["Data"]["properties"].values():
+        property_["anyOf"].insert(1, {"const": DEFAULT, "description": "The text that comes with the package."})
     entries = [_entry(name, model, of_model[(model, "validation")]) for name, model in settings.items()]
     properties["passes"]["items"] = {"oneOf": entries}
     measured = properties["evaluate"]["anyOf"][0]

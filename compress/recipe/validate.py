@@ -7,6 +7,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from compress.data.default_text import DEFAULT
 from compress.recipe.checks import (
     lacking_data,
     lengths_not_measured,
@@ -16,7 +17,7 @@ from compress.recipe.checks import (
 )
 from compress.recipe.messages import translate
 from compress.recipe.model import Recipe
-from compress.recipe.problems import MapNode, Problem, Source, plain
+from compress.recipe.problems import ListNode, MapEntry, MapNode, Problem, Source, plain, text_of
 
 _SECTIONS = ("data", "gates")  # a section with nothing below its key is empty
 
@@ -26,6 +27,7 @@ def build(root: MapNode, problems: list[Problem], *, check_files: bool, complete
 
     Without ``complete`` a file that the recipe extends could not be read, so no key is reported as missing.
     """
+    spell_default_text(root)
     values = _values(root)
     recipe: Recipe | None = None
     try:
@@ -42,6 +44,14 @@ def build(root: MapNode, problems: list[Problem], *, check_files: bool, complete
     if check_files:
         problems += missing_files(root)
     return recipe
+
+
+def spell_default_text(root: MapNode) -> None:
+    """Change ``calibration: default`` in the tree to ``calibration: {files: [default]}``, and the other data sets."""
+    data = root.get("data")
+    for entry in data.entries.values() if isinstance(data, MapNode) else ():
+        if text_of(entry.node) == DEFAULT:
+            entry.node = MapNode({"files": MapEntry(ListNode([entry.node]), entry.key)}, entry.node.place)
 
 
 def _values(root: MapNode) -> dict[str, Any]:

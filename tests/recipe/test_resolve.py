@@ -70,6 +70,7 @@ def test_resolved_writes_out_defaults(work: Path) -> None:
                     "skip": [],
                     "allow_noop": False,
                     "effort": "balanced",
+                    "scheme": None,
                     "weights": "fp16",
                     "bits": None,
                     "max_bytes": None,
