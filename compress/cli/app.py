@@ -126,7 +126,7 @@ def plan(
 @app.command()
 def inspect(
     checkpoint: CheckpointArgument,
-    tensors: Annotated[bool, typer.Option("--tensors", help="Print a row per tensor.")] = False,
+    tensors: Annotated[bool, typer.Option("--tensors", help="Print a row per tensor, equal ones apart.")] = False,
     zeros: Annotated[bool, typer.Option("--zeros", help="Read the weights and count zeros.")] = False,
     architecture: Annotated[
         bool, typer.Option("--architecture", help="Show blocks, roles of matrices, embeddings, head and ties instead.")
@@ -156,6 +156,7 @@ def diff(
     a: Annotated[str, typer.Argument(help="Checkpoint before.", metavar="A")],
     b: Annotated[str, typer.Argument(help="Checkpoint after.", metavar="B")],
     headers: Annotated[bool, typer.Option("--headers", help="Compare headers only, not values.")] = False,
+    tensors: Annotated[bool, typer.Option("--tensors", help="Print a row per tensor, equal ones apart.")] = False,
     trust_remote_code: Trust = False,
     ignore_auto_map: IgnoreCode = False,
     allow_links: AllowLinks = False,
@@ -164,7 +165,8 @@ def diff(
     """Show the tensors and config keys that differ between two checkpoints. The exit status is 0 even if they differ."""
     from compress.cli.commands import checkpoints
 
-    checkpoints.diff(a, b, values=not headers, code=Code(trust_remote_code, ignore_auto_map, allow_links), json=json)
+    code = Code(trust_remote_code, ignore_auto_map, allow_links)
+    checkpoints.diff(a, b, values=not headers, tensors=tensors, code=code, json=json)
 
 
 @app.command(name="eval")

@@ -16,7 +16,7 @@ def inspect(checkpoint: str, *, tensors: bool, zeros: bool, code: Code, offline:
     if json:
         print_json(data)
     else:
-        tables.print_inspection(data, tensors=tensors or zeros)
+        tables.print_inspection(data, tensors=tensors)
 
 
 def architecture(checkpoint: str, *, save: Path | None, code: Code, offline: bool, json: bool) -> None:
@@ -37,7 +37,7 @@ def architecture(checkpoint: str, *, save: Path | None, code: Code, offline: boo
             say(f"wrote {save}")
 
 
-def diff(a: str, b: str, *, values: bool, code: Code, json: bool) -> None:
+def diff(a: str, b: str, *, values: bool, tensors: bool, code: Code, json: bool) -> None:
     """``compress diff``."""
     from compress.cli import tables
     from compress.inspection import diff as diff_checkpoints
@@ -46,7 +46,7 @@ def diff(a: str, b: str, *, values: bool, code: Code, json: bool) -> None:
     if json:
         print_json(data)
     else:
-        tables.print_diff(data)
+        tables.print_diff(data, tensors=tensors)
 
 
 def unpack(checkpoint: str, output: Path, *, max_shard_size: str, code: Code, quiet: bool) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from compress.cli.tables.layout import STYLES, Column, make_console, print_line, print_table
+from compress.cli.tables.layout import STYLES, Column, Styled, make_console, print_line, print_table
 from compress.settings import format_bytes
 
 
@@ -81,11 +81,9 @@ def _print_positions(console: Any, result: Mapping[str, Any]) -> None:
 
 def print_gates(gates: Sequence[Mapping[str, Any]], status: str, console: Any = None) -> None:
     """Print a row per gate, then the verdict."""
-    from rich.text import Text
-
     console = console or make_console()
     rows = [
-        (Text(g["verdict"].upper() if g["verdict"] != "pass" else "pass", STYLES[g["verdict"]]), g["gate"], g["text"])
+        (Styled(g["verdict"].upper() if g["verdict"] != "pass" else "pass", STYLES[g["verdict"]]), g["gate"], g["text"])
         for g in gates
     ]
     if rows:

@@ -1,4 +1,4 @@
-"""Contents of a checkpoint, and differences between two. Reads only headers, unless values are asked for."""
+"""Contents of a checkpoint. Reads only headers, unless zeros are to be counted."""
 
 from __future__ import annotations
 
@@ -15,7 +15,6 @@ from compress.checkpoint.layout import natural
 from compress.checkpoint.open import open_checkpoint, open_headers
 from compress.checkpoint.storage import parts
 from compress.checkpoint.store import needs_code
-from compress.checkpoint.values import Checkpoint
 from compress.files import expanded
 from compress.planning import opened_size, size_on_disk
 from compress.spec.spec import Spec, Tensor
@@ -101,7 +100,7 @@ def _row(spec: Spec, tensor: Tensor, zero: int | None) -> dict[str, Any]:
         "dtype": tensor.dtype,
         "storage": storage_name(spec, tensor),
         "bytes": stored_bytes(spec, tensor),
-        "sparsity": _sparsity(tensor),
+        "sparsity": sparsity(tensor),
         "tied_to": tensor.alias_of,
     }
     if zero is not None:
@@ -109,7 +108,7 @@ def _row(spec: Spec, tensor: Tensor, zero: int | None) -> dict[str, Any]:
     return row
 
 
-def _sparsity(tensor: Tensor) -> float | None:
+def sparsity(tensor: Tensor) -> float | None:
     """Share of the weights that the keep-mask removes; None without a mask."""
     return None if tensor.kept is None else 1 - tensor.kept / max(tensor.count, 1)
 
@@ -149,67 +148,3 @@ def _summary(spec: Spec, name: str, tensors: Iterable[Tensor]) -> dict[str, Any]
         "sparsity": 1 - sum(t.kept or 0 for t in masked) / sum(t.count for t in masked) if masked else None,
         "tied_to": tied[0] if tied and not own else None,
     }
-
-
-def diff(
-    a: str | Path,
-    b: str | Path,
-    *,
-    values: bool = True,
-    trust_remote_code: bool = False,
-    ignore_auto_map: bool = False,
-) -> dict[str, Any]:
-    """Differences from checkpoint ``a`` to ``b``, as JSON values, schema ``compress.diff/1``.
-
-    A tensor that both hold in the same shape gets the largest absolute difference of its values, and the relative difference
-    ‖b - a‖ / ‖a‖ (Frobenius norm, float64).
-
-    Args:
-        values: compare weights too; False compares only headers.
-    """
-    code = {"trust_remote_code": trust_remote_code, "ignore_auto_map": ignore_auto_map}
-    first, second = (open_checkpoint(x, **code) for x in (a, b))
-    names = sorted(first.spec.tensors.keys() | second.spec.tensors.keys(), key=natural)
-    rows = [_difference(first, second, name, values) for name in names]
-    before, after = first.spec.structure.config, second.spec.structure.config
-    keys = sorted(before.keys() | after.keys())
-    config = {key: [before.get(key), after.get(key)] for key in keys if before.get(key) != after.get(key)}
-    return {
-        "schema": "compress.diff/1",
-        "a": str(a),
-        "b": str(b),
-        "size": [asdict(size_on_disk(first)), asdict(size_on_disk(second))],
-        "config": config,
-        "tensors": rows,
-        "same": all(row["change"] == "same" for row in rows) and not config,
-    }
-
-
-def _difference(first: Checkpoint, second: Checkpoint, name: str, values: bool) -> dict[str, Any]:
-    """One tensor of `diff`: ``change`` is ``added``, ``removed``, ``changed`` or ``same``."""
-    before, after = first.spec.tensors.get(name), second.spec.tensors.get(name)
-    if before is None or after is None:
-        present, spec = (before, first.spec) if after is None else (after, second.spec)
-        assert present is not None
-        change = "removed" if after is None else "added"
-        return {"name": name, "change": change, "shape": list(present.shape), "bytes": stored_bytes(spec, present)}
-    row: dict[str, Any] = {
-        "name": name,
-        "change": "same",
-        "shape": [list(before.shape), list(after.shape)],
-        "dtype": [before.dtype, after.dtype],
-        "sparsity": [_sparsity(before), _sparsity(after)],
-        "bytes": [stored_bytes(first.spec, before), stored_bytes(second.spec, after)],
-    }
-    if any(getattr(before, key) != getattr(after, key) for key in ("shape", "dtype", "kept", "storage")):
-        row["change"] = "changed"
-    if values and before.shape == after.shape and not (before.alias_of and after.alias_of):
-        x, y = first.tensor(name).data.double(), second.tensor(name).data.double()
-        row["max_difference"] = float((y - x).abs().max()) if x.numel() else 0.0
-        norm = float(x.norm())
-        row["relative_difference"] = (
-            float((y - x).norm()) / norm if norm else (0.0 if row["max_difference"] == 0 else float("inf"))
-        )
-        if row["max_difference"] != 0:  # also where it is NaN
-            row["change"] = "changed"
-    return row
