@@ -17,14 +17,14 @@ _REPR = 300
 
 
 @dataclass(frozen=True)
-class Table:
+class TextTable:
     """A table of text. ``title``: a line above it; empty for none. Every row has a cell for each column."""
 
     title: str
     columns: Sequence[Column]
     rows: Sequence[Sequence[Any]]
 
-    def filled(self) -> Table:
+    def filled(self) -> TextTable:
         """Without the columns that are empty in every row; the first one stays."""
         kept = [i for i in range(len(self.columns)) if not i or any(str(row[i]) for row in self.rows)]
         rows = [tuple(row[i] for i in kept) for row in self.rows]
@@ -66,7 +66,7 @@ class Shown:
         """The result in one line."""
         raise NotImplementedError
 
-    def tables(self) -> list[Table]:
+    def tables(self) -> list[TextTable]:
         """The result as tables; none by default."""
         return []
 

@@ -8,10 +8,10 @@ from typing import Any
 
 from compress.inspection.folding import folded, ranges
 from compress.settings import format_bytes
-from compress.tabular import Column, Table
+from compress.tabular import Column, TextTable
 
 
-def inspection_tables(data: Mapping[str, Any], *, every: bool = False) -> list[Table]:
+def inspection_tables(data: Mapping[str, Any], *, every: bool = False) -> list[TextTable]:
     """Tensors with shape, dtype, storage, bytes and sparsity.
 
     Args:
@@ -21,14 +21,14 @@ def inspection_tables(data: Mapping[str, Any], *, every: bool = False) -> list[T
     head: list[Column] = [("tensor", "whole"), ("count", "right"), ("shape", "whole"), "dtype", "storage"]
     head += [("bytes", "right"), ("sparsity", "whole"), ("zeros", "right")]
     if every:
-        return [Table("", head, [(name, "", *rest) for name, rest in cells.items()]).filled()]
+        return [TextTable("", head, [(name, "", *rest) for name, rest in cells.items()]).filled()]
     groups = folded((name, rest) for name, rest in cells.items() if name not in _ties(data))
     rows = [(name, f"{len(names)} ×" if len(names) > 1 else "", *cells[names[0]]) for name, names in groups]
     if any(row[1] for row in rows):
         head[5] = ("each", "right")
     if len(data["dtypes"]) == 1:  # it stands above the table
         head, rows = [*head[:3], *head[4:]], [(*row[:3], *row[4:]) for row in rows]
-    return [Table("", head, rows).filled()]
+    return [TextTable("", head, rows).filled()]
 
 
 def _ties(data: Mapping[str, Any]) -> dict[str, str]:
@@ -83,7 +83,7 @@ def _shifts(pairs: Iterable[Sequence[int]]) -> list[tuple[list[int], list[int]]]
     return result
 
 
-def difference_tables(data: Mapping[str, Any], *, every: bool = False) -> list[Table]:
+def difference_tables(data: Mapping[str, Any], *, every: bool = False) -> list[TextTable]:
     """Config keys and tensors that differ.
 
     Args:
@@ -93,12 +93,12 @@ def difference_tables(data: Mapping[str, Any], *, every: bool = False) -> list[T
     tables = []
     if data["config"]:
         rows = [(key, _value(x), _value(y)) for key, (x, y) in data["config"].items()]
-        tables.append(Table("config", [("key", "whole"), "before", "after"], rows))
+        tables.append(TextTable("config", [("key", "whole"), "before", "after"], rows))
     head: list[Column] = [("tensor", "whole"), ("count", "right"), ("change", "whole"), ("bytes", "right")]
     head += [("max |Δ|", "right"), ("rel Δ", "right")]
     changed = [row for row in data["tensors"] if row["change"] != "same"]
     if changed:
-        tables.append(Table("tensors", head, _changed_rows(data, changed, every)).filled())
+        tables.append(TextTable("tensors", head, _changed_rows(data, changed, every)).filled())
     return tables
 
 
@@ -125,7 +125,7 @@ def _changed_rows(data: Mapping[str, Any], changed: Sequence[Mapping[str, Any]],
 
 
 def _change(row: Mapping[str, Any]) -> str:
-    """What changed besides values."""
+    """The change besides values."""
     if row["change"] in ("removed", "added"):
         return str(row["change"])
     changes = []

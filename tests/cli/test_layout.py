@@ -5,10 +5,10 @@ import io
 import pytest
 
 from compress.cli.tables.layout import Console, Styled, print_laid_out, print_line
-from compress.tabular import Table
+from compress.tabular import TextTable
 
 LONG = "model.layers.{0…29}.self_attn.q_proj.weight"
-TABLE = Table(
+TABLE = TextTable(
     "title",
     [("tensor", "whole"), ("count", "right"), ("change", "whole"), "empty", "what it says"],
     [
@@ -52,7 +52,7 @@ def test_table_filled_leaves_out_empty_columns(monkeypatch):
 
 
 def test_styles_are_for_terminals_and_obey_no_color(monkeypatch):
-    table = Table("", [("gate", "whole")], [(Styled("FAIL", "bold red"),)])
+    table = TextTable("", [("gate", "whole")], [(Styled("FAIL", "bold red"),)])
     monkeypatch.delenv("NO_COLOR", raising=False)
     monkeypatch.setenv("TERM", "xterm")
     assert "\x1b[1;31mFAIL\x1b[0m" in shown(monkeypatch, table, terminal=True)

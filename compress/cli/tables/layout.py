@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from typing import IO, Any
 
 from compress.escape import printable
-from compress.tabular import Column, Table
+from compress.tabular import Column, TextTable
 
 #: Style of a verdict or a status.
 STYLES = {
@@ -70,10 +70,10 @@ def make_console() -> Console:
 
 def print_table(console: Console, title: str | None, columns: Sequence[Column], rows: Iterable[Sequence[Any]]) -> None:
     """Print a table."""
-    print_laid_out(console, Table(title or "", columns, [tuple(row) for row in rows]))
+    print_laid_out(console, TextTable(title or "", columns, [tuple(row) for row in rows]))
 
 
-def print_laid_out(console: Console, table: Table) -> None:
+def print_laid_out(console: Console, table: TextTable) -> None:
     """Print a table between empty lines: numbers and names whole, sentences wrapped where the line is too short.
 
     Where that is not enough, the first column has lines of its own, and the others stand below it.
@@ -124,7 +124,7 @@ def _print_row(
             console.write((_INDENT if stacked else " ") + shown)
 
 
-def _widths(table: Table, cells: Sequence[Sequence[str]], room: int) -> tuple[list[int], int]:
+def _widths(table: TextTable, cells: Sequence[Sequence[str]], room: int) -> tuple[list[int], int]:
     """The width of each column, and the blanks between two."""
     natural = [
         max([_length(name), *(_length(line) for row in cells for line in row[i].split("\n"))])

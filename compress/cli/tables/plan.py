@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from compress.cli.tables.layout import Column, make_console, print_line, print_table
+from compress.cli.tables.layout import make_console, print_line, print_table
 from compress.settings import format_bytes
+from compress.tabular import Column
 from compress.work import minutes_text
 
 

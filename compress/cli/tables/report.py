@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from compress.cli.tables.layout import STYLES, Column, Styled, make_console, print_line, print_table
+from compress.cli.tables.layout import STYLES, Styled, make_console, print_line, print_table
 from compress.settings import format_bytes
+from compress.tabular import Column
 
 
 def print_report(report: Mapping[str, Any]) -> None:
