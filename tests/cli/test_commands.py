@@ -343,7 +343,7 @@ def test_passes_and_schema_are_printed(cli):
         assert setting in shown
     assert "N:M: Mishra" in " ".join(shown.split())  # no emoji for `:M:`
     schema = cli("schema").json
-    assert schema == json.loads((ROOT / "docs/recipe.schema.json").read_text())
+    assert schema == json.loads((ROOT / "compress/recipe/recipe.schema.json").read_text())
     assert cli("schema", "--report").json == json.loads((ROOT / "docs/report.schema.json").read_text())
 
 

@@ -37,7 +37,7 @@ def main() -> None:
     for path, text in pages().items():
         if "--check" in sys.argv[1:]:
             if not path.exists() or path.read_text(encoding="utf-8") != text:
-                stale.append(f"docs/{path.relative_to(DOCS)}")
+                stale.append(str(path.relative_to(DOCS.parent)))
         else:
             path.write_text(text, encoding="utf-8")
     if stale:
@@ -52,7 +52,10 @@ def pages() -> dict[Path, str]:
 
     passes = describe_all()["passes"]
     return {
-        DOCS / "recipe.schema.json": json.dumps(recipe_schema(), indent=2, ensure_ascii=False) + "\n",
+        DOCS.parent / "compress" / "recipe" / "recipe.schema.json": json.dumps(
+            recipe_schema(), indent=2, ensure_ascii=False
+        )
+        + "\n",
         DOCS / "report.schema.json": json.dumps(report_schema(), indent=2, ensure_ascii=False) + "\n",
         DOCS / "architecture.svg": picture(),
         **{DOCS / "_static" / name: text for name, text in pictures().items()},
