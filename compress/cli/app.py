@@ -281,6 +281,22 @@ def gate(
     )
 
 
+@app.command(name="report")
+def write_report(
+    run_folder: Annotated[
+        str, typer.Argument(help="A run folder (OUTPUT.run), the output itself, or a report.json.", metavar="RUN")
+    ],
+    output: Annotated[
+        Optional[Path],
+        typer.Option("--output", "-o", help="File to write: .html, .md, .svg or .xml (JUnit). By default report.html."),
+    ] = None,
+) -> None:
+    """Render the report of a run again: the page, the Markdown, the main picture, or JUnit XML."""
+    from compress.cli.commands import reports
+
+    reports.report(run_folder, output)
+
+
 @app.command(name="passes")
 def list_passes(
     name: Annotated[Optional[str], typer.Argument(help="Name of a pass. By default all are listed.")] = None,

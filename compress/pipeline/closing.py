@@ -85,6 +85,7 @@ def _rendered(report: Mapping[str, Any], notes: list[str]) -> dict[str, bytes]:
     _made_or_noted(notes, "the pictures", draw)
     texts = {
         "junit.xml": _made_or_noted(notes, "junit.xml", lambda: reports.render_junit(report).encode()),
+        "report.html": _made_or_noted(notes, "report.html", lambda: reports.render_html(report).encode()),
         "report.md": _made_or_noted(notes, "report.md", lambda: reports.render_markdown(report).encode()),
     }
     return {**pictures, **{name: data for name, data in texts.items() if data is not None}}

@@ -7,9 +7,10 @@ from __future__ import annotations
 
 from compress.report.card import model_card
 from compress.report.document import check_statistics, judged, load, report_schema, save, to_json, validate
+from compress.report.html import render_html
 from compress.report.junit import render_junit
 from compress.report.markdown import append_step_summary, render_markdown
-from compress.report.plot import render_pictures
+from compress.report.pictures import render_main_picture, render_pictures
 
 __all__ = [
     "append_step_summary",
@@ -17,7 +18,9 @@ __all__ = [
     "judged",
     "load",
     "model_card",
+    "render_html",
     "render_junit",
+    "render_main_picture",
     "render_markdown",
     "render_pictures",
     "report_schema",

@@ -1,86 +1,113 @@
-"""Details of a pass as Markdown: a section for each kind of row that passes report."""
+"""Details of a pass as sections: a sentence, and a picture or a table for each kind of row that passes report.
+
+Texts are in the Markdown of one line: names between backticks.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from compress.escape import in_one_line, markdown
 from compress.passes.details import SECTIONS, LatentDetails, PassDetails, TrainingDetails
-from compress.report import figures
+from compress.report.detail_rows import (
+    block_rows,
+    format_rows,
+    shape_rows,
+    sharing_error,
+    sharing_rows,
+    window_rows,
+)
 from compress.report.experts import TIMES, expert_rows
 from compress.report.layout import table
 
 
+@dataclass(frozen=True, slots=True)
+class Section:
+    """One section. ``picture``: file name of the picture below the text. ``right``: columns that are aligned right."""
+
+    text: str
+    head: tuple[str, ...] = ()
+    rows: Sequence[Sequence[str]] = ()
+    right: Sequence[int] = ()
+    picture: str = ""
+
+
 def render_details(row: Mapping[str, Any], picture: str) -> list[str]:
-    """Lines on the details of a pass.
+    """Lines of Markdown on the details of a pass.
 
     Args:
         row: the pass in the report. picture: file name of the picture of its losses, if it trains.
     """
+    return [line for section in sections(row, picture) for line in _lines(section)]
+
+
+def _lines(section: Section) -> list[str]:
+    if not section.head:
+        return [f"- {section.text}", ""]
+    lines = [section.text, ""]
+    if section.picture:
+        lines += [f"![losses by step]({section.picture})", ""]
+    return [*lines, *table(section.head, section.rows, right=section.right), ""]
+
+
+def sections(row: Mapping[str, Any], picture: str) -> list[Section]:
+    """Sections on the details of a pass; arguments as of `render_details`."""
     name, details = row["name"], row["details"]
-    lines = []
+    made = []
     if others := {key: value for key, value in details.items() if key not in SECTIONS}:
-        lines += [in_one_line(f"- `{name}`: {_details(others)}"), ""]
+        made.append(Section(in_one_line(f"`{name}`: {_details(others)}")))
     if "training" in details:
-        lines += [*_training(details["training"], name, picture), ""]
-    lines += _formats(name, details) + _shapes(name, details) + _sharing(name, details)
-    return lines + _windows(name, details) + _latent(name, details) + _rest(name, details)
+        made.append(_training(details["training"], name, picture))
+    made += [*_formats(name, details), *_shapes(name, details), *_sharing(name, details), *_windows(name, details)]
+    return [*made, *_latent(name, details), *_experts(name, details), *_blocks(name, details)]
 
 
-def _formats(name: str, details: PassDetails) -> list[str]:
-    if not (rows := figures.format_rows(details)):
+def _formats(name: str, details: PassDetails) -> list[Section]:
+    if not (rows := format_rows(details)):
         return []
     text = "Divergence: nats per token expected from rounding only those matrices, to second order."
     curve = [(f"{bits:g}", f"{loss:.5f}") for bits, loss in details["curve"]]
     return [
-        f"`{name}`, formats within the budget. {text}",
-        "",
-        *table(("format", "matrices", "divergence"), rows, right=(1, 2)),
-        "",
-        "Divergence at other budgets:",
-        "",
-        *table(("bits", "divergence"), curve, right=(0, 1)),
-        "",
+        Section(
+            f"`{name}`, formats within the budget. {text}", ("format", "matrices", "divergence"), rows, right=(1, 2)
+        ),
+        Section("Divergence at other budgets:", ("bits", "divergence"), curve, right=(0, 1)),
     ]
 
 
-def _shapes(name: str, details: PassDetails) -> list[str]:
-    if not (rows := figures.shape_rows(details)):
+def _shapes(name: str, details: PassDetails) -> list[Section]:
+    if not (rows := shape_rows(details)):
         return []
     columns = ("removed blocks", "heads", "neurons", "parameters", "size", "prefill", "divergence", "")
     text = (
         "Prefill: time for a prompt over the original's, if that is the target. Divergence from the original on held-out "
         "calibration samples, after least squares and without reconstruction."
     )
-    return [
-        f"`{name}`, shapes that meet the target. {text}",
-        "",
-        *table(columns, rows, right=(1, 2, 3, 4, 5, 6)),
-        "",
-    ]
+    return [Section(f"`{name}`, shapes that meet the target. {text}", columns, rows, right=(1, 2, 3, 4, 5, 6))]
 
 
-def _sharing(name: str, details: PassDetails) -> list[str]:
-    lines = []
-    if (lost := figures.sharing_error(details)) is not None:
-        lines += [f"- `{name}`: shared matrices lose {lost:.1%} of the energy of their outputs on average", ""]
-    if rows := figures.sharing_rows(details):
-        text = "Divergence from the original on held-out calibration samples."
-        lines += [f"`{name}`, arrangements of shared blocks. {text}", ""]
-        lines += [*table(("arrangement", "blocks", "divergence", ""), rows, right=(2,)), ""]
-    return lines
+def _sharing(name: str, details: PassDetails) -> list[Section]:
+    made = []
+    if (lost := sharing_error(details)) is not None:
+        made.append(Section(f"`{name}`: shared matrices lose {lost:.1%} of the energy of their outputs on average"))
+    if rows := sharing_rows(details):
+        text = f"`{name}`, arrangements of shared blocks. Divergence from the original on held-out calibration samples."
+        made.append(Section(text, ("arrangement", "blocks", "divergence", ""), rows, right=(2,)))
+    return made
 
 
-def _latent(name: str, details: PassDetails) -> list[str]:
+def _latent(name: str, details: PassDetails) -> list[Section]:
     if (latent := details.get("latent")) is None:
         return []
     lost = latent["expected"]
-    lines = [
-        f"- `{name}`: a block caches {latent['cached']} numbers per token, {latent['cached_before']} before "
-        f"({latent['keys']} of the key, {latent['values']} of the values, a constant). Expected divergence by second order: "
-        f"{lost['keys']:.4f} nats per token of the keys, {lost['values']:.4f} of the values. {_decode(latent)}",
-        "",
+    made = [
+        Section(
+            f"`{name}`: a block caches {latent['cached']} numbers per token, {latent['cached_before']} before "
+            f"({latent['keys']} of the key, {latent['values']} of the values, a constant). Expected divergence by second "
+            f"order: {lost['keys']:.4f} nats per token of the keys, {lost['values']:.4f} of the values. {_decode(latent)}"
+        )
     ]
     rows = [
         (
@@ -92,12 +119,9 @@ def _latent(name: str, details: PassDetails) -> list[str]:
         for row in latent["tried"]
     ]
     if rows:
-        lines += [
-            f"`{name}`, divisions of the cache. Divergence from the original on held-out calibration samples.",
-            "",
-        ]
-        lines += [*table(("keys", "values", "divergence", ""), rows, right=(0, 1, 2)), ""]
-    return lines
+        text = f"`{name}`, divisions of the cache. Divergence from the original on held-out calibration samples."
+        made.append(Section(text, ("keys", "values", "divergence", ""), rows, right=(0, 1, 2)))
+    return made
 
 
 def _decode(latent: LatentDetails) -> str:
@@ -109,40 +133,42 @@ def _decode(latent: LatentDetails) -> str:
     )
 
 
-def _windows(name: str, details: PassDetails) -> list[str]:
-    if not (rows := figures.window_rows(details)):
+def _windows(name: str, details: PassDetails) -> list[Section]:
+    if not (rows := window_rows(details)):
         return []
     text = "Loss: nats per token expected of a window there, to second order, and its share of the sum over all blocks."
     head = ("block", "window", "loss", "share")
-    return [f"`{name}`, windows by block. {text}", "", *table(head, rows, right=(0, 1, 2, 3)), ""]
+    return [Section(f"`{name}`, windows by block. {text}", head, rows, right=(0, 1, 2, 3))]
 
 
-def _rest(name: str, details: PassDetails) -> list[str]:
-    """Experts without tokens, then the blocks."""
-    lines = []
-    if rows := expert_rows(details):
-        head = ("block", "experts", "which", "fewest tokens of another", "tokens read", "would reach them")
-        text = (
-            "Experts that no calibration token reached, so that only their weights could be used. If no token in N reaches "
-            f"an expert, {TIMES} N tokens likely do."
-        )
-        lines += [f"`{name}`. {text}", "", *table(head, rows, right=(0, 3, 4, 5)), ""]
-    if rows := figures.block_rows(details):
-        columns = (
-            "block",
-            "layers",
-            "sparsity, units, format or rank",
-            "mean error",
-            "worst layer",
-            "reconstruction",
-            "seconds",
-        )
-        text = "Relative error of each layer's output; reconstruction: error of the block's output before ▶ after."
-        lines += [f"`{name}`, by block. {text}", "", *table(columns, rows, right=(0, 1, 2, 3, 6)), ""]
-    return lines
+def _experts(name: str, details: PassDetails) -> list[Section]:
+    if not (rows := expert_rows(details)):
+        return []
+    head = ("block", "experts", "which", "fewest tokens of another", "tokens read", "would reach them")
+    text = (
+        "Experts that no calibration token reached, so that only their weights could be used. If no token in N reaches "
+        f"an expert, {TIMES} N tokens likely do."
+    )
+    return [Section(f"`{name}`. {text}", head, rows, right=(0, 3, 4, 5))]
 
 
-def _training(training: TrainingDetails, name: str, picture: str) -> list[str]:
+def _blocks(name: str, details: PassDetails) -> list[Section]:
+    if not (rows := block_rows(details)):
+        return []
+    columns = (
+        "block",
+        "layers",
+        "sparsity, units, format or rank",
+        "mean error",
+        "worst layer",
+        "reconstruction",
+        "seconds",
+    )
+    text = "Relative error of each layer's output; reconstruction: error of the block's output before ▶ after."
+    return [Section(f"`{name}`, by block. {text}", columns, rows, right=(0, 1, 2, 3, 6))]
+
+
+def _training(training: TrainingDetails, name: str, picture: str) -> Section:
     """Sentences on a training, its picture, and a table of held-out losses."""
     held, of = training["held_out"], training.get("of", "tokens")
     text = (
@@ -171,7 +197,7 @@ def _training(training: TrainingDetails, name: str, picture: str) -> list[str]:
         shown = [f"{mean[key]:.4f}" if key in mean else "" for key in names]
         rows.append([f"{row['step']:,}", f"{row['loss']:.4f}", *shown])
     head = ("step", "held out", *(f"{key}, trained on" for key in names))
-    return [text, "", f"![losses by step]({picture})", "", *table(head, rows, right=range(len(head)))]
+    return Section(text, head, rows, right=range(len(head)), picture=picture)
 
 
 def _details(details: Mapping[str, Any]) -> str:

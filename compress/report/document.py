@@ -63,7 +63,10 @@ def validate(data: Any) -> dict[str, Any]:
     if not isinstance(data, dict) or not str(data.get("schema", "")).startswith("compress.report/"):
         raise ReportError("is not a report of this tool", fix="a run writes report.json into its run folder")
     if data["schema"] != SCHEMA:
-        raise ReportError(f"is of the schema {data['schema']}, this version reads {SCHEMA}")
+        raise ReportError(
+            f"is of the schema {data['schema']}, this version reads {SCHEMA}",
+            fix="run the recipe again, or use the version that wrote it",
+        )
     return checked(Report, data)
 
 

@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from compress import passes
-from compress.blockwise.details import MatrixDetails, ReconstructionDetails
 from compress.errors import CompressError
 from compress.evaluation import metrics
 from compress.evaluation.metrics.base import Metric
-from compress.passes.details import PassDetails
 from compress.settings import defaults, format_bytes
 
 
@@ -85,6 +82,50 @@ def before_after(report: Mapping[str, Any]) -> list[Row]:
     loaded = (a["load_bytes"], b["load_bytes"])
     rows.append(Row("weights in memory", format_bytes(loaded[0]), format_bytes(loaded[1]), _ratio(*loaded)))
     return rows + _quality(first["evaluation"], last["evaluation"]) + _speed(first["latency"], last["latency"])
+
+
+_VERDICTS = {
+    "passed": "every gate passed",
+    "failed": "a gate FAILED",
+    "inconclusive": "a gate is INCONCLUSIVE",
+    "no gates": "no gates",
+}
+
+
+def verdict_text(report: Mapping[str, Any]) -> str:
+    """Bytes before and after, and the verdict of the gates, in one line."""
+    before, after = (format_bytes(report[side]["size"]["bytes"]) for side in ("original", "result"))
+    verdict = _VERDICTS[report["status"]]
+    if report["status"] == "inconclusive" and not report["gates"]:
+        verdict = "a training did NOT HELP"
+    return f"{before} ▶ {after}, {verdict}" + ("" if report["published"] else "; not published")
+
+
+def headline_rows(report: Mapping[str, Any]) -> list[Row]:
+    """The few rows of `before_after` that tell a run in short: size, parameters, quality, speed."""
+    rows = before_after(report)
+    quality = _quality(report["original"]["evaluation"], report["result"]["evaluation"])[:1]
+    kept = next((row for row in rows if row.name == "parameters kept"), rows[1])
+    return [rows[0], kept, *quality, *(row for row in rows if row.timed)]
+
+
+def worst_documents(report: Mapping[str, Any], count: int) -> list[tuple[str, ...]]:
+    """The documents whose loss grew most: id, tokens, nats per token before and after, difference.
+
+    Empty where documents have no such loss, or the two evaluations differ in documents.
+    """
+    sides = [(report[side]["evaluation"] or {}).get("documents") or [] for side in ("original", "result")]
+    rows = []
+    for x, y in zip(*sides, strict=False):
+        if x["id"] != y["id"] or not x.get("tokens") or x["tokens"] != y.get("tokens"):
+            return []
+        before, after = x["nll"] / x["tokens"], y["nll"] / y["tokens"]
+        rows.append((after - before, x["id"], x["tokens"], before, after))
+    rows.sort(key=lambda row: -row[0])
+    return [
+        (f"`{name}`", f"{tokens:,}", f"{before:.4f}", f"{after:.4f}", f"{more:+.4f}")
+        for more, name, tokens, before, after in rows[:count]
+    ]
 
 
 def _quality(before: Mapping[str, Any] | None, after: Mapping[str, Any] | None) -> list[Row]:
@@ -173,117 +214,12 @@ def waterfall(report: Mapping[str, Any]) -> list[Step]:
     return steps
 
 
-def block_rows(details: PassDetails) -> list[tuple[str, ...]]:
-    """A row per block of a block-wise run: layers, their result, errors, reconstruction, seconds."""
-    rows: list[tuple[str, ...]] = []
-    for block in details.get("blocks", ()):
-        layers, tuning = block.get("tensors", {}), block.get("tuning")
-        if not layers and tuning is None:
-            continue
-        errors = {name: error for name, row in layers.items() if (error := row.get("error")) is not None}
-        worst = max(errors, key=lambda name: errors[name], default=None)
-        name = "" if worst is None else worst.removesuffix(".weight").rpartition(f".{block['block']}.")[2]
-        rows.append(
-            (
-                str(block["block"]),
-                str(len(layers)),
-                _became(list(layers.values())),
-                f"{sum(errors.values()) / len(errors):.4f}" if errors else "",
-                f"{name} {errors[worst]:.4f}" if worst is not None else "",
-                "" if tuning is None else _tuned(tuning),
-                f"{block['seconds']:.1f}",
-            )
-        )
-    return rows
-
-
-def _became(layers: Sequence[MatrixDetails]) -> str:
-    """Result of the layers: mean sparsity, units that they still read, formats, or ranks of factors; else nothing."""
-    if not layers or layers[0].keys() == {"error"}:
-        return ""
-    if "kept" in layers[0]:
-        return ", ".join(dict.fromkeys(f"{row['kept']} of {row['of']}" for row in layers))
-    if formats := Counter(row["format"] for row in layers if "format" in row):
-        return ", ".join(f"{count} {name}" if len(formats) > 1 else name for name, count in sorted(formats.items()))
-    if ranks := sorted(row["rank"] for row in layers if "rank" in row):
-        return f"rank {ranks[0]}" + (f" to {ranks[-1]}" if ranks[-1] > ranks[0] else "")
-    return f"{sum(row['sparsity'] for row in layers) / len(layers):.1%}"
-
-
-def format_rows(details: PassDetails) -> list[tuple[str, ...]]:
-    """A row per format that a budget chose: number of matrices, and the divergence expected from rounding them."""
-    chosen: dict[str, list[float]] = {}
-    for row in details.get("formats", ()):
-        chosen.setdefault(row["format"], []).append(row["divergence"])
-    return [(name, str(len(losses)), f"{sum(losses):.5f}") for name, losses in sorted(chosen.items(), reverse=True)]
-
-
-def shape_rows(details: PassDetails) -> list[tuple[str, ...]]:
-    """A row per shape tried for a target: removed blocks, heads, neurons, parameters, size, speed, divergence."""
-    return [
-        (
-            ", ".join(map(str, row["layers"])) or "–",
-            str(row["heads"]),
-            str(row["mlp"]),
-            f"{row['parameters']:,}",
-            format_bytes(row["bytes"]),
-            f"{row['prefill']:.2f}" if "prefill" in row else "–",
-            f"{row['divergence']:.4f}",
-            "chosen" if row["chosen"] else "",
-        )
-        for row in details.get("shapes", ())
-    ]
-
-
-def window_rows(details: PassDetails) -> list[tuple[str, ...]]:
-    """A row per block, or KV head: its number, its window, the loss expected of a window there, its share of the sum."""
-    return [
-        (
-            f"{row['block']} head {row['head']}" if "head" in row else str(row["block"]),
-            "full" if row["window"] is None else f"{row['window']:,}",
-            f"{row['loss']:.5f}" if "loss" in row else "–",
-            f"{row['share']:.1%}" if "share" in row else "–",
-        )
-        for row in details.get("windows", ())
-    ]
-
-
-def sharing_rows(details: PassDetails) -> list[tuple[str, ...]]:
-    """A row per arrangement of shared blocks that was tried, with its divergence; empty without a choice."""
-    if (sharing := details.get("sharing")) is None:
-        return []
-    tried = sharing.get("tried", [])
-    return [
-        (
-            row["arrangement"],
-            " · ".join(" ".join(map(str, group)) for group in row["groups"]),
-            f"{row['divergence']:.4f}",
-            "chosen" if row["arrangement"] == sharing["arrangement"] else "",
-        )
-        for row in tried
-        if len(tried) > 1
-    ]
-
-
-def sharing_error(details: PassDetails) -> float | None:
-    """Mean relative output error of the shared matrices; None for other passes."""
-    sharing = details.get("sharing")
-    rows = [] if sharing is None else sharing.get("tensors", [])
-    errors = [row["error"] for row in rows if row.get("error") is not None]
-    return sum(errors) / len(errors) if errors else None
-
-
 def losses_file(report: Mapping[str, Any], row: Mapping[str, Any]) -> str:
     """Name of the picture of a training pass's losses, beside the report."""
     number = next(
         i for i, each in enumerate((r for stage in report["stages"] for r in stage["passes"]), 1) if each is row
     )
     return f"losses-{number}.svg"
-
-
-def _tuned(tuning: ReconstructionDetails) -> str:
-    text = f"{tuning['before']:.4f} ▶ {tuning['after']:.4f}"
-    return text if tuning["kept"] else f"{text}, put back"
 
 
 def changed_settings(name: str, settings: Mapping[str, Any]) -> str:

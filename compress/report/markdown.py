@@ -11,16 +11,10 @@ from compress.report import figures
 from compress.report.details import render_details
 from compress.report.layout import table
 from compress.report.lengths import HEAD, length_cells, length_notes
-from compress.report.plot import LENGTHS_FILE
+from compress.report.pictures import LENGTHS_FILE
 from compress.settings import format_bytes
 
 MARKS = {"pass": "✅ pass", "fail": "❌ FAIL", "inconclusive": "❔ inconclusive"}
-_HEADLINES = {
-    "passed": "every gate passed",
-    "failed": "a gate FAILED",
-    "inconclusive": "a gate is INCONCLUSIVE",
-    "no gates": "no gates",
-}
 
 
 def render_markdown(report: Mapping[str, Any]) -> str:
@@ -28,7 +22,7 @@ def render_markdown(report: Mapping[str, Any]) -> str:
     lines = [
         in_one_line(f"# {report['original']['checkpoint']} ▶ {report['output']}"),
         "",
-        _headline(report),
+        f"**{figures.verdict_text(report)}**",
         "",
         *before_after_table(report, timed=True),
         "",
@@ -45,8 +39,8 @@ def render_markdown(report: Mapping[str, Any]) -> str:
         lines += ["## Details of the passes", ""]
     for row in detailed:
         lines += render_details(row, figures.losses_file(report, row))
-    lines += ["## Planned and written bytes", "", *table(("pass", "planned", "written", ""), _planned(report)), ""]
-    lines += ["## How it was measured", "", *(in_one_line(f"- {note}") for note in _notes(report)), ""]
+    lines += ["## Planned and written bytes", "", *table(("pass", "planned", "written", ""), planned_rows(report)), ""]
+    lines += ["## How it was measured", "", *(in_one_line(f"- {note}") for note in notes(report)), ""]
     return "\n".join(map(markdown, lines))
 
 
@@ -63,17 +57,10 @@ def _lengths(report: Mapping[str, Any]) -> list[str]:
     return [*lines, *(in_one_line(f"- {note}") for note in notes), ""]
 
 
-def _headline(report: Mapping[str, Any]) -> str:
-    before, after = (format_bytes(report[side]["size"]["bytes"]) for side in ("original", "result"))
-    verdict = _HEADLINES[report["status"]]
-    if report["status"] == "inconclusive" and not report["gates"]:
-        verdict = "a training did NOT HELP"
-    return f"**{before} ▶ {after}, {verdict}**" + ("" if report["published"] else "; not published")
-
-
-def _notes(report: Mapping[str, Any]) -> list[str]:
+def notes(report: Mapping[str, Any]) -> list[str]:
+    """Sentences on how the run was measured."""
     machine = report["machine"]
-    notes = (
+    sentences = (
         figures.quality_note(report),
         figures.speed_note(report),
         f"{machine['cpu']}, {machine['cores']} cores, device {machine['device']}",
@@ -81,7 +68,7 @@ def _notes(report: Mapping[str, Any]) -> list[str]:
         f"{report['started']}, {report['seconds']:.0f} s",
         *report["notes"],
     )
-    return [note for note in notes if note]
+    return [sentence for sentence in sentences if sentence]
 
 
 def before_after_table(report: Mapping[str, Any], *, timed: bool) -> list[str]:
@@ -96,34 +83,31 @@ def gates_table(gates: Sequence[Mapping[str, Any]]) -> list[str]:
 
 
 def waterfall_table(report: Mapping[str, Any], *, seconds: bool) -> list[str]:
-    """Table with a row per pass: size, bytes saved, a bar of the remaining bytes, headline metric, KL."""
-    steps, shown = figures.waterfall(report), figures.headline(report)
-    rows = []
-    for step in steps:
-        row = [
-            f"`{step.name}`" + (f" {step.settings}" if step.settings else "")
-            if step.saved or step.settings
-            else step.name,
+    """Table with a row per pass. ``seconds``: with the time of each."""
+    columns = slice(None) if seconds else slice(-1)
+    rows = [row[columns] for row in waterfall_cells(report)]
+    return table(waterfall_head(report)[columns], rows, right=(1, 2, 4, 5, 6, 7))
+
+
+def waterfall_head(report: Mapping[str, Any]) -> list[str]:
+    """Head of `waterfall_cells`."""
+    return ["pass", "size", "saved", "of the original", figures.headline(report).title, "cost", "KL", "seconds"]
+
+
+def waterfall_cells(report: Mapping[str, Any]) -> Iterable[list[str]]:
+    """A row per pass: size, bytes saved, a bar of the remaining bytes, headline metric, KL, seconds."""
+    shown = figures.headline(report)
+    for step in figures.waterfall(report):
+        named = f"`{step.name}`" + (f" {step.settings}" if step.settings else "")
+        yield [
+            named if step.saved or step.settings else step.name,
             format_bytes(step.bytes),
             figures.signed_bytes(step.saved),
             f"`{figures.bar(step, 20)}`",
             *figures.headline_cells(shown, step),
             "" if step.kl is None else f"{step.kl:.4f}",
+            _seconds(step),
         ]
-        if seconds:
-            row.append(_seconds(step))
-        rows.append(row)
-    head = [
-        "pass",
-        "size",
-        "saved",
-        "of the original",
-        shown.title,
-        "cost",
-        "KL",
-        *(["seconds"] if seconds else []),
-    ]
-    return table(head, rows, right=(1, 2, 4, 5, 6, 7))
 
 
 def _seconds(step: figures.Step) -> str:
@@ -134,7 +118,8 @@ def _seconds(step: figures.Step) -> str:
     return f"{step.seconds:.1f}" + (f" ({', '.join(notes)})" if notes else "")
 
 
-def _planned(report: Mapping[str, Any]) -> Iterable[Sequence[str]]:
+def planned_rows(report: Mapping[str, Any]) -> Iterable[Sequence[str]]:
+    """A row per pass: planned and written bytes, and whether they are equal."""
     for stage in report["stages"]:
         for row in stage["passes"]:
             planned, actual = row["planned"]["bytes"], row["actual"]["bytes"]

@@ -5,7 +5,8 @@ import xml.etree.ElementTree as ElementTree
 import pytest
 
 from compress.report.lengths import HEAD, length_cells, length_notes
-from compress.report.plot import render_lengths
+from compress.report.pictures.lines import draw, length_charts
+from compress.report.pictures.svg import standalone
 
 
 def timing(seconds, ratio=None):
@@ -104,11 +105,12 @@ def test_reports_without_lengths_have_no_table():
     assert length_notes({"latency": None, "size": {}}, plain) == []
 
 
-def test_picture_has_a_line_of_each_model_in_both_panels(sides):
-    root = ElementTree.fromstring(render_lengths({"original": sides[0], "result": sides[1]}))
-    lines = [node.get("points") for node in root.iter("{http://www.w3.org/2000/svg}polyline")]
-    assert [len(points.split()) for points in lines] == [3] * 4
-    texts = [node.text for node in root.iter("{http://www.w3.org/2000/svg}text")]
+def test_pictures_have_a_line_of_each_model(sides):
+    roots = [ElementTree.fromstring(standalone(draw(chart))) for chart in length_charts(*sides)]
+    space = "{http://www.w3.org/2000/svg}"
+    lines = [[node.get("points").split() for node in root.iter(f"{space}polyline")] for root in roots]
+    assert [[len(points) for points in of] for of in lines] == [[3, 3], [3, 3]]
+    texts = [node.text for root in roots for node in root.iter(f"{space}text")]
     assert {"512", "2,048", "8,192", "before", "after", "prefill of a prompt", "cache after it", "100 ms"} <= set(texts)
-    heights = [float(point.split(",")[1]) for point in lines[0].split()]
+    heights = [float(point.split(",")[1]) for point in lines[0][0]]
     assert heights == sorted(heights, reverse=True), "longer prompts take longer"

@@ -12,6 +12,7 @@ import compress
 from compress import report as reports
 from compress.errors import ReportError
 from compress.report import figures
+from compress.report.detail_rows import shape_rows
 
 
 def test_report_fits_its_schema_and_reads_back(finished, tmp_path):
@@ -126,7 +127,7 @@ def test_report_lists_shapes_tried_for_a_target(tmp_path, pico_llama, texts):
             "passes": [{"prune_structured": {"keep_parameters": "75%", "compensation": "least_squares"}}],
         }
     )
-    rows = figures.shape_rows(done.report["stages"][0]["passes"][0]["details"])
+    rows = shape_rows(done.report["stages"][0]["passes"][0]["details"])
     assert len(rows) > 1
     assert [row[-1] for row in rows].count("chosen") == 1
     text = reports.render_markdown(done.report)
