@@ -1,4 +1,4 @@
-"""Solving for the matrices of one block, group by group; of several processes each solves some groups for all."""
+"""Solving for the matrices of one block, group by group; of several processes each solves some matrices for all."""
 
 from __future__ import annotations
 
@@ -51,6 +51,9 @@ class MatrixSolver(Protocol[S]):
 def solve_block(block: Block, groups: Iterable[GroupInputs], solver: MatrixSolver[S]) -> dict[str, S]:
     """Solve for each linear, by name. ``block.details["tensors"]`` gets the rows, with seconds.
 
+    Processes solve at the same time: each has some matrices of every group, shared out by cost (`shared_out`). They exchange
+    solutions when the block may be changed, and at the end.
+
     Args:
         groups: as they are measured; each group is solved before the next one is asked for, and placed as soon as the block may
             be changed.
@@ -58,24 +61,40 @@ def solve_block(block: Block, groups: Iterable[GroupInputs], solver: MatrixSolve
     processes = block.view.processes
     solutions: dict[str, S] = {}
     report: dict[str, Any] = {}
-    waiting: list[TargetLinear] = []
-    for number, (group, statistics, mismatch, free) in enumerate(groups):
-        worker = number % processes.world
+    waiting: list[tuple[TargetLinear, int]] = []
+    loads = [0.0] * processes.world
+
+    def exchange() -> None:
+        for linear, worker in waiting:
+            if worker != processes.rank:
+                solutions[linear.name] = solver.blank(linear)
+            processes.broadcast(worker, *solver.tensors(solutions[linear.name]))
+            report[linear.name] = processes.broadcast_object(worker, report.get(linear.name))
+
+    for group, statistics, mismatch, free in groups:
         shared: dict[str, Any] = {}
-        for linear in group:
-            start = time.perf_counter()
+        workers = shared_out([linear.weight.shape[0] * linear.weight.shape[1] ** 2 for linear in group], loads)
+        for linear, worker in zip(group, workers, strict=True):
             if worker == processes.rank:
-                solution, row = solver.solve(linear, statistics, mismatch, shared)
-                row["seconds"] = round(time.perf_counter() - start, 3)
-            else:
-                solution, row = solver.blank(linear), {}
-            processes.broadcast(worker, *solver.tensors(solution))
-            report[linear.name] = processes.broadcast_object(worker, row)
-            solutions[linear.name] = solution
-            waiting.append(linear)
+                start = time.perf_counter()
+                solutions[linear.name], row = solver.solve(linear, statistics, mismatch, shared)
+                report[linear.name] = row | {"seconds": round(time.perf_counter() - start, 3)}
+            waiting.append((linear, worker))
         if free:
-            for linear in waiting:
+            exchange()
+            for linear, _ in waiting:
                 solver.place(linear, solutions[linear.name])
             waiting.clear()
+            loads = [0.0] * processes.world
+    exchange()
     block.details["tensors"] = report
     return solutions
+
+
+def shared_out(costs: Sequence[float], loads: list[float]) -> list[int]:
+    """The worker of each item: the dearest first, each to the worker with the least load; ``loads`` grows by the costs."""
+    workers = [0] * len(costs)
+    for item in sorted(range(len(costs)), key=lambda i: -costs[i]):
+        workers[item] = min(range(len(loads)), key=loads.__getitem__)
+        loads[workers[item]] += costs[item]
+    return workers

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from compress.blockwise.asymmetric import statistics_of, symmetric_statistics
-from compress.blockwise.solve import solve_block
+from compress.blockwise.solve import shared_out, solve_block
 from compress.checkpoint.open import open_checkpoint
 from tests import pico
 from tests.toolbox import matrices, runner_of
@@ -55,3 +55,11 @@ def test_solve_block_solves_and_places_each_matrix_once(measure, tmp_path):
         assert sorted(solver.solved) == sorted(solver.placed) == sorted(set(solver.solved))
     read = result.reader()
     assert all(torch.equal(read(name).data, checkpoint.tensor(name).data / 2) for name in matrices(checkpoint))
+
+
+def test_matrices_are_shared_out_by_cost():
+    loads = [0.0, 0.0]
+    assert shared_out([3, 1, 1], loads) == [0, 1, 1]
+    assert loads == [3, 2]
+    assert shared_out([4], loads) == [1]
+    assert shared_out([5, 5, 5], [0.0]) == [0, 0, 0]
