@@ -112,7 +112,9 @@ def test_world_of_two_finds_what_one_process_does(tmp_path):
         # a code that differs changes the inputs of all later matrices: only those that read the first block's inputs see the same
         path = min(one.iterdir())
         a, b = load_file(path), load_file(two / path.name)
-        codes = [key for key in a if key.endswith(("q_proj.weight:codes", "k_proj.weight:codes", "v_proj.weight:codes"))]
+        codes = [
+            key for key in a if key.endswith(("q_proj.weight:codes", "k_proj.weight:codes", "v_proj.weight:codes"))
+        ]
         assert len(codes) == 3
         assert sum(int((a[n] == b[n]).sum()) for n in codes) > 0.97 * sum(a[n].numel() for n in codes)
         for path in sorted(one.iterdir()):
