@@ -197,33 +197,24 @@ def evaluate(
 ) -> None:
     """Measure a checkpoint as a recipe would; with --baseline, compare it with another one."""
     from compress.cli.commands import quality
-    from compress.pipeline.baseline import EvaluationSettings
-    from compress.recipe import read_metrics
 
-    entries = read_metrics(metric or [])
-    images = data[0] if data and len(data) == 1 and Path(data[0]).is_dir() else None
-    settings = EvaluationSettings(
-        files=() if images else tuple(data or ()),
-        images=images,
-        separator=separator,
+    quality.evaluate(
+        checkpoint,
+        data=data or (),
+        metrics=metric or (),
+        baseline=baseline,
         field=field,
         template=template,
-        text=tuple(text or ()) or None,
+        text=text,
         label=label,
+        document_separator=separator,
         window=window,
         stride=stride,
         streaming=streaming,
         max_documents=max_documents,
-        metrics=tuple(entry.name for entry in entries) or None,
-        metric_settings={e.name: e.settings.model_dump(mode="json") for e in entries if e.settings and not e.plain},
         device=device,
         dtype=dtype,
         quantized_kv_cache=not full_kv_cache,
-    )
-    quality.evaluate(
-        checkpoint,
-        settings,
-        baseline=baseline,
         confidence=confidence,
         code=Code(trust_remote_code, ignore_auto_map, allow_links),
         offline=offline,

@@ -20,6 +20,7 @@ from compress.pipeline.evaluations import Evaluations
 from compress.pipeline.fingerprint import versions
 from compress.pipeline.machine import machine, resolve_device
 from compress.pipeline.publish import recover
+from compress.pipeline.results import RunReport, RunResult
 from compress.pipeline.stages import run_stages
 from compress.pipeline.state import Run
 from compress.pipeline.workers import process_group, worker_loop
@@ -29,26 +30,6 @@ from compress.recipe import resolved
 
 if TYPE_CHECKING:
     from compress.recipe import Recipe
-
-
-@dataclass(frozen=True)
-class RunResult:
-    """The result of a run.
-
-    Attributes:
-        checkpoint: the published output, or the last stage's folder where it was not published.
-        report: the report's dictionary (schema ``compress.report/1``).
-        verdict: ``passed``, ``failed``, ``inconclusive``, or ``no gates``.
-        exit_status: exit status of the command line.
-        published: whether the result is at the output. nothing_to_do: an earlier run of this recipe had published it.
-    """
-
-    checkpoint: Path
-    report: dict[str, Any]
-    verdict: str
-    exit_status: int
-    published: bool
-    nothing_to_do: bool = False
 
 
 def run(
@@ -88,36 +69,38 @@ def _run(run: Run, publish_anyway: bool, recipe_path: str | None) -> RunResult:
         remove_leftovers(run.output)
         identity = run.identity()
         if not run.fresh and (done := published_report(run, identity)) is not None:
-            return RunResult(run.output, done, done["status"], done["exit_status"], True, nothing_to_do=True)
+            return RunResult(run.output, RunReport(done), done["status"], done["exit_status"], True, nothing_to_do=True)
         rows = run_stages(run)
         evaluations = Evaluations(run.recipe, run.data, run.folder, run.device, run.progress, run.fresh)
         evaluations.add(run.original, rows)
         verdict = _judge(run, evaluations, rows)
         published = verdict.exit_status == EXIT_OK or publish_anyway
-        report = {
-            "schema": "compress.report/1",
-            "versions": versions(),
-            "machine": machine(run.device),
-            "recipe": {"path": recipe_path, "fingerprint": identity, "resolved": resolved(run.recipe)},
-            "started": started.isoformat(timespec="seconds"),
-            "seconds": round(time.perf_counter() - clock, 3),
-            "status": verdict.status,
-            "exit_status": verdict.exit_status,
-            "output": str(run.output),
-            "published": published,
-            "run_folder": str(run.folder.path),
-            "data": evaluations.data_summary(),
-            "original": verdict.original,
-            "stages": rows,
-            "result": verdict.result,
-            "gates": verdict.gates,
-            "notes": [
-                *run.notes,
-                *verdict.notes,
-                *evaluations.notes,
-                *loading_notes(open_headers(rows[-1]["folder"], trust_remote_code=True)[0]),
-            ],
-        }
+        report = RunReport(
+            {
+                "schema": "compress.report/1",
+                "versions": versions(),
+                "machine": machine(run.device),
+                "recipe": {"path": recipe_path, "fingerprint": identity, "resolved": resolved(run.recipe)},
+                "started": started.isoformat(timespec="seconds"),
+                "seconds": round(time.perf_counter() - clock, 3),
+                "status": verdict.status,
+                "exit_status": verdict.exit_status,
+                "output": str(run.output),
+                "published": published,
+                "run_folder": str(run.folder.path),
+                "data": evaluations.data_summary(),
+                "original": verdict.original,
+                "stages": rows,
+                "result": verdict.result,
+                "gates": verdict.gates,
+                "notes": [
+                    *run.notes,
+                    *verdict.notes,
+                    *evaluations.notes,
+                    *loading_notes(open_headers(rows[-1]["folder"], trust_remote_code=True)[0]),
+                ],
+            }
+        )
         close(run, report, identity)
     checkpoint = run.output if published else Path(rows[-1]["folder"])
     return RunResult(checkpoint, report, verdict.status, verdict.exit_status, published)

@@ -9,7 +9,9 @@ from compress.architectures.cache import cache_bytes
 from compress.checkpoint.store import Store
 from compress.planning.sizes import Size, other_store
 from compress.recipe.work import WorkBeside
+from compress.settings import format_bytes
 from compress.spec.spec import Spec
+from compress.tabular import Column, Shown, TextTable
 from compress.work import Work, seconds_of
 
 if TYPE_CHECKING:
@@ -51,8 +53,8 @@ class PlannedStage:
         return self.passes[-1].size
 
 
-@dataclass(frozen=True)
-class Plan:
+@dataclass(frozen=True, repr=False)
+class Plan(Shown):
     """The plan of a run.
 
     Attributes:
@@ -67,6 +69,25 @@ class Plan:
     peak_memory: int
     lengths: tuple[int, ...]
     beside: WorkBeside
+
+    def headline(self) -> str:
+        """Bytes before and after, passes, peak memory."""
+        before, after = self.original.bytes, self.stages[-1].size.bytes
+        names = " ▶ ".join(p.name for stage in self.stages for p in stage.passes)
+        return (
+            f"{format_bytes(before)} ▶ {format_bytes(after)} (× {after / max(before, 1):.3f}), store: {self.store}; {names}; "
+            f"peak memory about {format_bytes(self.peak_memory)}"
+        )
+
+    def tables(self) -> list[TextTable]:
+        """A row for the original and each pass."""
+        rows = [("original", *_cells(self.original), "")]
+        for planned in (p for stage in self.stages for p in stage.passes):
+            rows.append((planned.name, *_cells(planned.size), format_bytes(planned.peak_memory)))
+        head: list[Column] = [("pass", "whole")]
+        return [
+            TextTable("", head + [(n, "right") for n in ("parameters", "bytes", "bits per weight", "memory")], rows)
+        ]
 
     @property
     def disk(self) -> int:
@@ -118,3 +139,7 @@ class Plan:
             "peak_memory": self.peak_memory,
             "disk": self.disk,
         }
+
+
+def _cells(size: Size) -> tuple[str, str, str]:
+    return f"{size.parameters:,}", format_bytes(size.bytes), f"{size.bits_per_weight:.2f}"

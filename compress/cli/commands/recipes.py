@@ -8,13 +8,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from compress.cli.commands.common import Located, load, print_json, progress, say
+from compress.cli.commands.common import load, print_json, progress, say
 from compress.cli.guard import Judged
-from compress.files import expanded
+from compress.recipe.located import Located
 
 if TYPE_CHECKING:
     from compress.recipe import Recipe
-    from compress.spec.spec import Structure
     from compress.work import Rates
 
 
@@ -42,83 +41,19 @@ def run(
 
 
 def check(path: Path, sets: Sequence[str], *, data: bool, resolved: bool, json: bool) -> None:
-    """``compress check``: check the recipe, its folders and columns, and the plan if its model is a local folder.
-
-    With ``data`` the text is read too, and evaluation text is searched for in training and calibration text.
-    """
-    from compress.architectures.model_map import model_map
-    from compress.pipeline.preflight import (
-        check_folders,
-        check_ids,
-        check_plan,
-        check_sets,
-        check_tokenizer,
-        check_window,
-        hopeless_gates,
-    )
+    """``compress check``."""
+    from compress.pipeline.check import check as check_recipe
     from compress.recipe import resolved as resolve
     from compress.recipe import to_yaml
 
-    recipe = load(path, sets)
-    local = expanded(recipe.reference)
-    notes: list[str] = []
-    structure: Structure | None = None
-    with Located(recipe):
-        check_folders(recipe)
-        check_sets(recipe)
-        if local.exists():
-            from compress.checkpoint.open import open_headers
-            from compress.evaluation.tasks import task_of
-            from compress.planning import make_plan
-
-            spec, metadata = open_headers(
-                local, trust_remote_code=recipe.trust_remote_code, ignore_auto_map=recipe.ignore_auto_map
-            )
-            structure, planned = spec.structure, make_plan(recipe, spec, metadata)
-            check_plan(recipe, planned)
-            notes += [*spec.notes, *hopeless_gates(recipe, planned)]
-            recipe = recipe.fitted(task_of(structure.class_name))
-            check_window(recipe, spec)
-            check_tokenizer(recipe, local)
-        check_ids(recipe, model_map(spec).positions if local.exists() else None)
-        notes += _read_data(recipe, structure, data)
+    result = check_recipe(load(path, sets), data=data)
     if json:
-        print_json({"schema": "compress.check/1", "recipe": resolve(recipe)})
+        print_json({"schema": "compress.check/1", "recipe": resolve(result.recipe)})
     elif resolved:
-        sys.stdout.write(to_yaml(resolve(recipe)))
+        sys.stdout.write(to_yaml(resolve(result.recipe)))
     else:
-        hint = "" if local.exists() else " (its model is not a local folder: passes were not checked against it)"
-        say(f"{path}: no mistakes found{hint}")
-        for note in notes:
-            say(note)
-
-
-def _read_data(recipe: Recipe, structure: Structure | None, everything: bool) -> list[str]:
-    """Read labelled texts and images, and with ``everything`` all text. Returns sentences about what was compared.
-
-    Raises:
-        DataError: the model does not have a label of the data, or evaluation and passes share text.
-    """
-    from compress.data.kinds import holds_ids
-    from compress.pipeline.datasets import DataSets
-    from compress.pipeline.preflight import check_chats
-
-    data, evaluation = DataSets(recipe, expanded(recipe.reference), structure), recipe.data.evaluation
-    if structure is not None and evaluation is not None and evaluation.given != "text":
-        data.documents("evaluation")
-    if not everything:
-        return []
-    if structure is None and recipe.data.needs_model:
-        return ["data: not read, because labels and classes come from the model, which is not a local folder"]
-    compared = data.check_disjoint(ids=False)
-    for name in ("training", "calibration", "evaluation"):
-        if (files := data.files(name)) and not holds_ids(files[0]):
-            documents = data.documents(name)
-            if structure is not None:
-                check_chats(data.folder, documents)
-    counts = [f"data: {len(data.documents('evaluation')):,} documents of evaluation"] if evaluation is not None else []
-    counts += [f"{len(data.documents(name)):,} of {name}, none shared" for name in compared]
-    return [", ".join(counts)] if counts else ["data: nothing to compare"]
+        for line in result.lines(str(path)):
+            say(line)
 
 
 def plan(path: Path, sets: Sequence[str], *, minutes: bool, offline: bool, json: bool) -> None:
