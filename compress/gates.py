@@ -16,7 +16,7 @@ from compress.architectures.cache import bytes_at
 from compress.errors import EXIT_GATE_FAILED, EXIT_INCONCLUSIVE, EXIT_OK, ReportError
 from compress.evaluation import metrics, positions
 from compress.evaluation.metrics.base import Metric, Resampling
-from compress.settings import format_bytes
+from compress.formatting import apart, fixed, format_bytes, ratio, signed, signed_percent, significant
 from compress.statistics import FEWEST_UNITS, Interval
 
 Verdict = Literal["pass", "fail", "inconclusive"]
@@ -126,19 +126,26 @@ def _exact(
 ) -> GateResult:
     field = "bytes" if name == "size" else "parameters"
     value = _get(candidate, gate, "size", field)
-    show = format_bytes if name == "size" else (lambda n: f"{n:,.0f} parameters")
+    show: Callable[[float, int], str] = format_bytes if name == "size" else _parameters
     if key == "max":
-        return _plain(gate, value, bound, field, show(value), show(bound))
+        return _plain(gate, value, bound, field, show)
     before = _get(original, gate, "size", field)
-    ratio = value / before if before else math.nan
-    return _plain(gate, ratio, bound, "ratio", f"{ratio:.4g} ({show(before)} ▶ {show(value)})", f"{bound:.4g}")
+    return _ratio(gate, before, value, bound, f"{show(before, 3)} ▶ {show(value, 3)}")
+
+
+def _parameters(count: float, _: int) -> str:
+    return f"{count:,.0f} parameters"
+
+
+def _ratio(gate: str, before: float, after: float, bound: float, amounts: str) -> GateResult:
+    """Judge the ratio of two amounts, which are shown behind it."""
+    value = after / before if before else math.nan
+    return _plain(gate, value, bound, "ratio", lambda x, digits: f"× {significant(x, digits)}", amounts)
 
 
 def _memory(gate: str, bound: float, original: Mapping[str, Any], candidate: Mapping[str, Any]) -> GateResult:
     before, after = (_get(side, gate, "latency", "memory", "peak") for side in (original, candidate))
-    ratio = after / before if before else math.nan
-    shown = f"{ratio:.3g} ({format_bytes(before)} ▶ {format_bytes(after)})"
-    return _plain(gate, ratio, bound, "ratio", shown, f"{bound:.4g}")
+    return _ratio(gate, before, after, bound, f"{format_bytes(before)} ▶ {format_bytes(after)}")
 
 
 def _cache(
@@ -146,11 +153,9 @@ def _cache(
 ) -> GateResult:
     after = bytes_at(_get(candidate, gate, "size", "cache"), length)
     if key == "max":
-        return _plain(gate, after, bound, "bytes", format_bytes(after), format_bytes(bound))
+        return _plain(gate, after, bound, "bytes", format_bytes)
     before = bytes_at(_get(original, gate, "size", "cache"), length)
-    ratio = after / before if before else math.nan
-    shown = f"{ratio:.4g} ({format_bytes(before)} ▶ {format_bytes(after)})"
-    return _plain(gate, ratio, bound, "ratio", shown, f"{bound:.4g}")
+    return _ratio(gate, before, after, bound, f"{format_bytes(before)} ▶ {format_bytes(after)}")
 
 
 def _at_length(
@@ -179,12 +184,14 @@ def _at_length(
     return _speed(gate, name, bound, sides[0], sides[1], resampling)
 
 
-def _plain(gate: str, value: float, bound: float, unit: str, shown: str, limit: str) -> GateResult:
+def _plain(
+    gate: str, value: float, bound: float, unit: str, show: Callable[[float, int], str], amounts: str = ""
+) -> GateResult:
+    """Judge a value that is exact. ``show``: number and digits ▶ text. ``amounts``: shown behind the value."""
     passed = value <= bound  # False for NaN
-    sign = "≤" if passed else "not ≤"
-    return GateResult(
-        gate, "pass" if passed else "fail", value, bound, None, None, unit, None, f"{shown} {sign} {limit}"
-    )
+    shown, limit = apart(value, bound, show)
+    text = f"{shown}{f' ({amounts})' if amounts else ''} {'≤' if passed else 'not ≤'} {limit}"
+    return GateResult(gate, "pass" if passed else "fail", value, bound, None, None, unit, None, text)
 
 
 def _speed(
@@ -197,7 +204,7 @@ def _speed(
 ) -> GateResult:
     samples = [_get(side, gate, "latency", name, "samples") for side in (original, candidate)]
     interval = statistics.median_ratio(*samples, **asdict(resampling))
-    return _judged(gate, interval, bound, "ratio", lambda x: f"{x:.3f}", "rounds")
+    return _judged(gate, interval, bound, "ratio", ratio, "rounds")
 
 
 def _at_place(side: Mapping[str, Any], metric: Metric, at: int | None, first: int | None) -> Mapping[str, Any]:
@@ -227,10 +234,10 @@ def _quality(
         relative, limit = bool(bound["relative"]), float(bound["value"])
         before = _get(original, gate, "evaluation")
         interval = metric.increase(before, after, resampling, relative=relative)
-        show = (lambda x: f"{x:+.2%}") if relative else (lambda x: f"{x:+.4f}")
+        show = signed_percent if relative else (lambda x: signed(x, metric.decimals or 4))
         unit = "relative" if relative else "absolute"
     elif key == "max_drop":
-        limit, unit, show = float(bound), "points", (lambda x: f"{x:.2f} points")
+        limit, unit, show = float(bound), "points", (lambda x: f"{fixed(x, 2)} points")
         before = original["evaluation"] if metric.compares else _get(original, gate, "evaluation")
         interval = metric.drop(before, after, resampling)
     else:  # `max` or `min`

@@ -169,11 +169,3 @@ class Increase(Settings):
 AllowedIncrease = Annotated[
     Increase, BeforeValidator(parse_increase), WithJsonSchema({"type": ["number", "string"], "examples": ["5%", 0.02]})
 ]
-
-
-def format_bytes(count: float) -> str:
-    """Bytes in readable units, such as ``8.21 MB`` (10^6), with three significant digits."""
-    for unit, size in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
-        if abs(count) >= size:
-            return f"{count / size:.3g} {unit}" if abs(count) / size < 1000 else f"{count / size:.0f} {unit}"
-    return f"{count:.0f} B"

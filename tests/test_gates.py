@@ -39,11 +39,11 @@ def cached(full, windowed=0, tokens=None):
 @pytest.mark.parametrize(
     ("gate", "expected", "text"),
     [
-        ({"at": 100, "max_ratio": 0.8}, "pass", "0.75 (1 kB ▶ 750 B) ≤ 0.8"),
-        ({"at": 100, "max_ratio": 0.74}, "fail", "0.75 (1 kB ▶ 750 B) not ≤ 0.74"),
-        ({"at": 50, "max_ratio": 0.99}, "fail", "1 (500 B ▶ 500 B) not ≤ 0.99"),
+        ({"at": 100, "max_ratio": 0.8}, "pass", "× 0.750 (1.00 kB ▶ 750 B) ≤ × 0.800"),
+        ({"at": 100, "max_ratio": 0.74}, "fail", "× 0.750 (1.00 kB ▶ 750 B) not ≤ × 0.740"),
+        ({"at": 50, "max_ratio": 0.99}, "fail", "× 1.00 (500 B ▶ 500 B) not ≤ × 0.990"),
         ({"at": 100, "max": 750}, "pass", "750 B ≤ 750 B"),
-        ({"at": 1000, "max": 5000}, "fail", "5.25 kB not ≤ 5 kB"),
+        ({"at": 1000, "max": 5000}, "fail", "5.25 kB not ≤ 5.00 kB"),
     ],
 )
 def test_cache_gate_is_exact(gate, expected, text):

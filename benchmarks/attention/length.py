@@ -18,8 +18,8 @@ from compress.checkpoint.open import open_checkpoint
 from compress.evaluation import latency
 from compress.evaluation.latency_lengths import Lengths, with_planned
 from compress.evaluation.latency_settings import LatencySettings
+from compress.formatting import format_bytes
 from compress.progress import SilentProgress
-from compress.settings import format_bytes
 
 if TYPE_CHECKING:
     from benchmarks.attention.__main__ import Options

@@ -8,8 +8,8 @@ from types import TracebackType
 from typing import IO, Any, Self
 
 from compress.escape import in_one_line
+from compress.formatting import format_bytes
 from compress.progress import Progress, ProgressTask, SilentProgress
-from compress.settings import format_bytes
 
 #: Seconds between two lines, without a terminal.
 EVERY = 10.0

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from compress.errors import DataError, one_line
-from compress.settings import format_bytes
+from compress.formatting import format_bytes
 
 #: A packed file may unpack to ``RATIO`` times its bytes, and to ``ROOM`` bytes in any case. Text packs to a third or a tenth.
 RATIO = 100

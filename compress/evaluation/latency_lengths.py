@@ -9,8 +9,8 @@ from typing import Any, TypeAlias
 from compress.architectures.cache import cache_values
 from compress.evaluation import latency_fit
 from compress.evaluation.latency_settings import LatencySettings
+from compress.formatting import format_bytes
 from compress.progress import Progress
-from compress.settings import format_bytes
 from compress.spec.spec import Spec
 from compress.statistics import median_ratio, quantile
 

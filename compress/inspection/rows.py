@@ -6,8 +6,8 @@ import json
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from compress.formatting import format_bytes
 from compress.inspection.folding import folded, ranges
-from compress.settings import format_bytes
 from compress.tabular import Column, TextTable
 
 

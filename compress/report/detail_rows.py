@@ -6,8 +6,8 @@ from collections import Counter
 from collections.abc import Sequence
 
 from compress.blockwise.details import MatrixDetails, ReconstructionDetails
+from compress.formatting import fixed, format_bytes, percent, significant
 from compress.passes.details import PassDetails
-from compress.settings import format_bytes
 
 
 def block_rows(details: PassDetails) -> list[tuple[str, ...]]:
@@ -25,8 +25,8 @@ def block_rows(details: PassDetails) -> list[tuple[str, ...]]:
                 str(block["block"]),
                 str(len(layers)),
                 _became(list(layers.values())),
-                f"{sum(errors.values()) / len(errors):.4f}" if errors else "",
-                f"{name} {errors[worst]:.4f}" if worst is not None else "",
+                fixed(sum(errors.values()) / len(errors), 4) if errors else "",
+                f"{name} {fixed(errors[worst], 4)}" if worst is not None else "",
                 "" if tuning is None else _tuned(tuning),
                 f"{block['seconds']:.1f}",
             )
@@ -50,7 +50,7 @@ def _became(layers: Sequence[MatrixDetails]) -> str:
         return ", ".join(f"{count} {name}" if len(formats) > 1 else name for name, count in sorted(formats.items()))
     if ranks := sorted(row["rank"] for row in layers if "rank" in row):
         return f"rank {ranks[0]}" + (f" to {ranks[-1]}" if ranks[-1] > ranks[0] else "")
-    return f"{sum(row['sparsity'] for row in layers) / len(layers):.1%}"
+    return percent(sum(row["sparsity"] for row in layers) / len(layers))
 
 
 def format_rows(details: PassDetails) -> list[tuple[str, ...]]:
@@ -58,7 +58,7 @@ def format_rows(details: PassDetails) -> list[tuple[str, ...]]:
     chosen: dict[str, list[float]] = {}
     for row in details.get("formats", ()):
         chosen.setdefault(row["format"], []).append(row["divergence"])
-    return [(name, str(len(losses)), f"{sum(losses):.5f}") for name, losses in sorted(chosen.items(), reverse=True)]
+    return [(name, str(len(losses)), fixed(sum(losses), 4)) for name, losses in sorted(chosen.items(), reverse=True)]
 
 
 def shape_rows(details: PassDetails) -> list[tuple[str, ...]]:
@@ -70,8 +70,8 @@ def shape_rows(details: PassDetails) -> list[tuple[str, ...]]:
             str(row["mlp"]),
             f"{row['parameters']:,}",
             format_bytes(row["bytes"]),
-            f"{row['prefill']:.2f}" if "prefill" in row else "–",
-            f"{row['divergence']:.4f}",
+            significant(row["prefill"]) if "prefill" in row else "–",
+            fixed(row["divergence"], 4),
             "chosen" if row["chosen"] else "",
         )
         for row in details.get("shapes", ())
@@ -84,8 +84,8 @@ def window_rows(details: PassDetails) -> list[tuple[str, ...]]:
         (
             f"{row['block']} head {row['head']}" if "head" in row else str(row["block"]),
             "full" if row["window"] is None else f"{row['window']:,}",
-            f"{row['loss']:.5f}" if "loss" in row else "–",
-            f"{row['share']:.1%}" if "share" in row else "–",
+            fixed(row["loss"], 4) if "loss" in row else "–",
+            percent(row["share"]) if "share" in row else "–",
         )
         for row in details.get("windows", ())
     ]
@@ -100,7 +100,7 @@ def sharing_rows(details: PassDetails) -> list[tuple[str, ...]]:
         (
             row["arrangement"],
             " · ".join(" ".join(map(str, group)) for group in row["groups"]),
-            f"{row['divergence']:.4f}",
+            fixed(row["divergence"], 4),
             "chosen" if row["arrangement"] == sharing["arrangement"] else "",
         )
         for row in tried
@@ -117,5 +117,5 @@ def sharing_error(details: PassDetails) -> float | None:
 
 
 def _tuned(tuning: ReconstructionDetails) -> str:
-    text = f"{tuning['before']:.4f} ▶ {tuning['after']:.4f}"
+    text = f"{fixed(tuning['before'], 4)} ▶ {fixed(tuning['after'], 4)}"
     return text if tuning["kept"] else f"{text}, put back"

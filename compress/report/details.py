@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from compress.escape import in_one_line, markdown
+from compress.formatting import fixed, percent, ratio, significant
 from compress.passes.details import SECTIONS, LatentDetails, PassDetails, TrainingDetails
 from compress.report.detail_rows import (
     block_rows,
@@ -68,7 +69,7 @@ def _formats(name: str, details: PassDetails) -> list[Section]:
     if not (rows := format_rows(details)):
         return []
     text = "Divergence: nats per token expected from rounding only those matrices, to second order."
-    curve = [(f"{bits:g}", f"{loss:.5f}") for bits, loss in details["curve"]]
+    curve = [(f"{bits:g}", fixed(loss, 4)) for bits, loss in details["curve"]]
     return [
         Section(
             f"`{name}`, formats within the budget. {text}", ("format", "matrices", "divergence"), rows, right=(1, 2)
@@ -91,7 +92,9 @@ def _shapes(name: str, details: PassDetails) -> list[Section]:
 def _sharing(name: str, details: PassDetails) -> list[Section]:
     made = []
     if (lost := sharing_error(details)) is not None:
-        made.append(Section(f"`{name}`: shared matrices lose {lost:.1%} of the energy of their outputs on average"))
+        made.append(
+            Section(f"`{name}`: shared matrices lose {percent(lost)} of the energy of their outputs on average")
+        )
     if rows := sharing_rows(details):
         text = f"`{name}`, arrangements of shared blocks. Divergence from the original on held-out calibration samples."
         made.append(Section(text, ("arrangement", "blocks", "divergence", ""), rows, right=(2,)))
@@ -106,14 +109,15 @@ def _latent(name: str, details: PassDetails) -> list[Section]:
         Section(
             f"`{name}`: a block caches {latent['cached']} numbers per token, {latent['cached_before']} before "
             f"({latent['keys']} of the key, {latent['values']} of the values, a constant). Expected divergence by second "
-            f"order: {lost['keys']:.4f} nats per token of the keys, {lost['values']:.4f} of the values. {_decode(latent)}"
+            f"order: {fixed(lost['keys'], 4)} nats per token of the keys, {fixed(lost['values'], 4)} of the values. "
+            f"{_decode(latent)}"
         )
     ]
     rows = [
         (
             str(row["keys"]),
             str(row["values"]),
-            f"{row['divergence']:.4f}",
+            fixed(row["divergence"], 4),
             "chosen" if row["keys"] == latent["keys"] else "",
         )
         for row in latent["tried"]
@@ -129,7 +133,7 @@ def _decode(latent: LatentDetails) -> str:
         return "transformers decodes more slowly than before, since it expands the whole latent at every step."
     return (
         f"transformers expands the whole latent at every step: after {decode['tokens']:,.0f} cached tokens a block takes "
-        f"{decode['ratio']:.2f} × the original's time for the next one."
+        f"{ratio(decode['ratio'])} of the original's time for the next one."
     )
 
 
@@ -173,8 +177,8 @@ def _training(training: TrainingDetails, name: str, picture: str) -> Section:
     held, of = training["held_out"], training.get("of", "tokens")
     text = (
         f"`{name}`, training: {training['tokens']:,} {of} in {training['steps']:,} steps, {training['epochs']:g} times "
-        f"through the data, {training['tokens_per_second']:,.0f} {of} per second. Held-out loss {held[0]['loss']:.4f} ▶ "
-        f"{min(row['loss'] for row in held):.4f}, best at step {training['best_step']}."
+        f"through the data, {training['tokens_per_second']:,.0f} {of} per second. Held-out loss {fixed(held[0]['loss'], 4)} ▶ "
+        f"{fixed(min(row['loss'] for row in held), 4)}, best at step {training['best_step']}."
     )
     if "rate" in training:
         text += f" Peak learning rate {training['rate']:.3g}."
@@ -194,8 +198,8 @@ def _training(training: TrainingDetails, name: str, picture: str) -> Section:
     rows = []
     for row in held:
         mean = by_step.get(row["step"], {})
-        shown = [f"{mean[key]:.4f}" if key in mean else "" for key in names]
-        rows.append([f"{row['step']:,}", f"{row['loss']:.4f}", *shown])
+        shown = [fixed(mean[key], 4) if key in mean else "" for key in names]
+        rows.append([f"{row['step']:,}", fixed(row["loss"], 4), *shown])
     head = ("step", "held out", *(f"{key}, trained on" for key in names))
     return Section(text, head, rows, right=range(len(head)), picture=picture)
 
@@ -206,7 +210,7 @@ def _details(details: Mapping[str, Any]) -> str:
 
 def _short(value: Any) -> str:
     if isinstance(value, float):
-        return f"{value:.4g}"
+        return significant(value, 4)
     if isinstance(value, Mapping):
         shown = [f"{k} {_short(v)}" for k, v in list(value.items())[:12]]
         return ", ".join(shown) + (" …" if len(value) > 12 else "")

@@ -11,7 +11,8 @@ from compress import passes
 from compress.errors import CompressError
 from compress.evaluation import metrics
 from compress.evaluation.metrics.base import Metric
-from compress.settings import defaults, format_bytes
+from compress.formatting import fixed, format_bytes, ratio, ratio_of, seconds_text, signed, signed_percent, significant
+from compress.settings import defaults
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,23 +65,23 @@ def before_after(report: Mapping[str, Any]) -> list[Row]:
     """A row for each measured quantity of the original and the result."""
     first, last = report["original"], report["result"]
     a, b = first["size"], last["size"]
-    rows = [Row("size", format_bytes(a["bytes"]), format_bytes(b["bytes"]), _ratio(a["bytes"], b["bytes"]))]
+    rows = [Row("size", format_bytes(a["bytes"]), format_bytes(b["bytes"]), ratio_of(a["bytes"], b["bytes"]))]
     rows.append(
-        Row("parameters", _count(a["parameters"]), _count(b["parameters"]), _ratio(a["parameters"], b["parameters"]))
+        Row("parameters", _count(a["parameters"]), _count(b["parameters"]), ratio_of(a["parameters"], b["parameters"]))
     )
     if a["kept_parameters"] != a["parameters"] or b["kept_parameters"] != b["parameters"]:
         kept = (a["kept_parameters"], b["kept_parameters"])
-        rows.append(Row("parameters kept", _count(kept[0]), _count(kept[1]), _ratio(*kept)))
+        rows.append(Row("parameters kept", _count(kept[0]), _count(kept[1]), ratio_of(*kept)))
     if b["active_parameters"] != b["parameters"]:
         active = (a["active_parameters"], b["active_parameters"])
-        rows.append(Row("active parameters", _count(active[0]), _count(active[1]), _ratio(*active)))
+        rows.append(Row("active parameters", _count(active[0]), _count(active[1]), ratio_of(*active)))
     bits = (a["bits_per_weight"], b["bits_per_weight"])
-    rows.append(Row("bits per weight", f"{bits[0]:.2f}", f"{bits[1]:.2f}", _ratio(*bits)))
+    rows.append(Row("bits per weight", f"{bits[0]:.2f}", f"{bits[1]:.2f}", ratio_of(*bits)))
     cache = (a["kv_bytes_per_token"], b["kv_bytes_per_token"])
     if None not in cache:
-        rows.append(Row("KV cache per token", format_bytes(cache[0]), format_bytes(cache[1]), _ratio(*cache)))
+        rows.append(Row("KV cache per token", format_bytes(cache[0]), format_bytes(cache[1]), ratio_of(*cache)))
     loaded = (a["load_bytes"], b["load_bytes"])
-    rows.append(Row("weights in memory", format_bytes(loaded[0]), format_bytes(loaded[1]), _ratio(*loaded)))
+    rows.append(Row("weights in memory", format_bytes(loaded[0]), format_bytes(loaded[1]), ratio_of(*loaded)))
     return rows + _quality(first["evaluation"], last["evaluation"]) + _speed(first["latency"], last["latency"])
 
 
@@ -123,7 +124,7 @@ def worst_documents(report: Mapping[str, Any], count: int) -> list[tuple[str, ..
         rows.append((after - before, x["id"], x["tokens"], before, after))
     rows.sort(key=lambda row: -row[0])
     return [
-        (f"`{name}`", f"{tokens:,}", f"{before:.4f}", f"{after:.4f}", f"{more:+.4f}")
+        (f"`{name}`", f"{tokens:,}", fixed(before, 4), fixed(after, 4), signed(more, 4))
         for more, name, tokens, before, after in rows[:count]
     ]
 
@@ -142,10 +143,10 @@ def _speed(before: Mapping[str, Any] | None, after: Mapping[str, Any] | None) ->
         x, y = before[key], after[key]
         if x is None or y is None:
             continue
-        change = f"× {y['ratio']:.2f} ({y['lower']:.2f} to {y['upper']:.2f})"
-        rows.append(Row(name, _milliseconds(x["median"]), _milliseconds(y["median"]), change, timed=True))
+        change = f"{ratio(y['ratio'])} ({significant(y['lower'])} to {significant(y['upper'])})"
+        rows.append(Row(name, seconds_text(x["median"]), seconds_text(y["median"]), change, timed=True))
     x, y = before["memory"]["peak"], after["memory"]["peak"]
-    rows.append(Row("memory of inference", format_bytes(x), format_bytes(y), _ratio(x, y), timed=True))
+    rows.append(Row("memory of inference", format_bytes(x), format_bytes(y), ratio_of(x, y), timed=True))
     return rows
 
 
@@ -167,13 +168,13 @@ def _range(row: Mapping[str, Any]) -> str:
 
 
 def _paired_cells(row: Mapping[str, Any]) -> tuple[str, ...]:
-    bits, nats = ([f"{x:.4f}" for x in row[key]] for key in ("bits_per_byte", "nats_per_token"))
-    change = f"{row['increase']:+.1%} ({row['lower']:+.1%} to {row['upper']:+.1%})"
-    return *bits, change, " ▶ ".join(nats), "" if row["kl"] is None else f"{row['kl']:.4f}"
+    bits, nats = ([fixed(x, 4) for x in row[key]] for key in ("bits_per_byte", "nats_per_token"))
+    change = f"{signed_percent(row['increase'])} ({signed_percent(row['lower'])} to {signed_percent(row['upper'])})"
+    return *bits, change, " ▶ ".join(nats), "" if row["kl"] is None else fixed(row["kl"], 4)
 
 
 def _cells(row: Mapping[str, Any]) -> tuple[str, ...]:
-    return f"{row['bits_per_byte']:.4f}", f"{row['nats_per_token']:.4f}"
+    return fixed(row["bits_per_byte"], 4), fixed(row["nats_per_token"], 4)
 
 
 def position_head(result: Mapping[str, Any]) -> tuple[str, ...]:
@@ -323,11 +324,3 @@ def _cut(evaluation: Mapping[str, Any]) -> str:
 
 def _count(number: float) -> str:
     return f"{number:,}" if number < 1e7 else f"{number / 1e9:.3f} B" if number >= 1e9 else f"{number / 1e6:.2f} M"
-
-
-def _ratio(before: float, after: float) -> str:
-    return f"× {after / before:.3f}" if before else ""
-
-
-def _milliseconds(seconds: float) -> str:
-    return f"{seconds * 1000:.3g} ms"

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 from compress.architectures.cache import bytes_at
 from compress.errors import ReportError
-from compress.settings import format_bytes
+from compress.formatting import format_bytes, ratio, ratio_of, seconds_text, significant
 
 
 class LengthRow(NamedTuple):
@@ -98,20 +98,14 @@ def cache_counted(original: Mapping[str, Any], result: Mapping[str, Any]) -> boo
 def _timed(name: str, before: Mapping[str, Any] | None, after: Mapping[str, Any] | None) -> LengthRow:
     change, cpu = "", ""
     if after is not None and after.get("ratio") is not None:
-        change = f"× {after['ratio']:.2f} ({after['lower']:.2f} to {after['upper']:.2f})"
-        cpu = f"× {after['cpu']['ratio']:.2f}" if after.get("cpu") else ""
+        change = f"{ratio(after['ratio'])} ({significant(after['lower'])} to {significant(after['upper'])})"
+        cpu = ratio(after["cpu"]["ratio"]) if after.get("cpu") else ""
     shown = ["" if timing is None else seconds_text(timing["median"]) for timing in (before, after)]
     return LengthRow(name, shown[0], shown[1], (change, cpu))
 
 
 def _bytes(name: str, before: int, after: int) -> LengthRow:
-    change = f"× {after / before:.3f}" if before else ""
-    return LengthRow(name, format_bytes(before), format_bytes(after), (change, ""))
-
-
-def seconds_text(seconds: float) -> str:
-    """Seconds with three significant digits, in ms below one second."""
-    return f"{seconds * 1000:.3g} ms" if seconds < 1 else f"{seconds:.3g} s"
+    return LengthRow(name, format_bytes(before), format_bytes(after), (ratio_of(before, after), ""))
 
 
 def length_notes(original: Mapping[str, Any], result: Mapping[str, Any]) -> list[str]:
@@ -141,10 +135,10 @@ def _slower_notes(rows: Sequence[Mapping[str, Any]]) -> list[str]:
         return []
     lengths, last = ", ".join(f"{row['length']:,}" for row in slower), slower[-1]
     ratios = {path["path"]: path["prefill"].get("ratio") for path in last["paths"]}
-    ways = [f"{name} × {ratios[path]:.2f}" for path, name in _WAYS.items() if ratios.get(path) is not None]
+    ways = [f"{name} {ratio(ratios[path])}" for path, name in _WAYS.items() if ratios.get(path) is not None]
     text = f"stock transformers reads prompts of {lengths} tokens slower than the original's"
     return [
-        f"{text}: {last['length']:,} tokens take × {last['prefill']['ratio']:.2f}" + "".join(f"; {w}" for w in ways)
+        f"{text}: {last['length']:,} tokens take {ratio(last['prefill']['ratio'])}" + "".join(f"; {w}" for w in ways)
     ]
 
 
@@ -154,10 +148,10 @@ def _fit_notes(fits: Sequence[Mapping[str, Any]]) -> list[str]:
         doubt = before.get("doubt") or after.get("doubt")
         return [f"prefill is not fitted: {doubt}"] if doubt else []
     clock = "CPU seconds" if before["clock"] == "cpu" else "seconds"
-    ratio = f" (× {after['c'] / before['c']:.2f})" if before["c"] else ""
+    change = f" ({ratio(after['c'] / before['c'])})" if before["c"] else ""
     halves = " ▶ ".join(_half(fit["half"]) for fit in fits)
     notes = [
-        f"prefill takes a + b·n + c·n² {clock} for n tokens: c {before['c']:.3g} ▶ {after['c']:.3g}{ratio}; "
+        f"prefill takes a + b·n + c·n² {clock} for n tokens: c {before['c']:.3g} ▶ {after['c']:.3g}{change}; "
         f"c·n² is half of it at {halves} tokens"
     ]
     for name, fit in zip(("original", "result"), fits, strict=True):
@@ -170,10 +164,10 @@ def _path_note(path: str, before: Mapping[str, Any], fit: Mapping[str, Any]) -> 
     """The fit of another way to read prompts, beside the stock one of the original; nothing where one is not fitted."""
     if before.get("c") is None or fit["c"] is None:
         return []
-    ratio = f" (× {fit['c'] / before['c']:.2f} of the original's)" if before["c"] else ""
+    change = f" ({ratio(fit['c'] / before['c'])} of the original's)" if before["c"] else ""
     doubt = f"; {fit['doubt']}" if fit["doubt"] else ""
     return [
-        f"{_PATHS.get(path, path)}: c {fit['c']:.3g}{ratio}, half of the time at {_half(fit['half'])} tokens{doubt}"
+        f"{_PATHS.get(path, path)}: c {fit['c']:.3g}{change}, half of the time at {_half(fit['half'])} tokens{doubt}"
     ]
 
 

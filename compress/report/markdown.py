@@ -7,12 +7,12 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from compress.escape import in_one_line, markdown
+from compress.formatting import fixed, format_bytes
 from compress.report import figures
 from compress.report.details import render_details
 from compress.report.layout import table
 from compress.report.lengths import HEAD, length_cells, length_notes
 from compress.report.pictures import LENGTHS_FILE
-from compress.settings import format_bytes
 
 MARKS = {"pass": "✅ pass", "fail": "❌ FAIL", "inconclusive": "❔ inconclusive"}
 
@@ -105,7 +105,7 @@ def waterfall_cells(report: Mapping[str, Any]) -> Iterable[list[str]]:
             figures.signed_bytes(step.saved),
             f"`{figures.bar(step, 20)}`",
             *figures.headline_cells(shown, step),
-            "" if step.kl is None else f"{step.kl:.4f}",
+            "" if step.kl is None else fixed(step.kl, 4),
             _seconds(step),
         ]
 

@@ -143,8 +143,8 @@ def test_heat_map_averages_experts_and_has_a_level_for_each_value():
     details = {"blocks": [{"block": 1, "tensors": {**rows, "model.layers.1.mlp.router.weight": {"error": 9.0}}}]}
     (heat,) = heat_maps("cast", details)
     assert [(role, cells[0].text, cells[0].level) for role, cells in heat.rows] == [
-        ("mlp.experts.*.up_proj", "1.5", 0),
-        ("mlp.router", "9", LEVELS - 1),
+        ("mlp.experts.*.up_proj", "1.50", 0),
+        ("mlp.router", "9.00", LEVELS - 1),
     ]
     formats = [{"tensor": f"h.{b}.attn.weight", "format": "int4", "divergence": b / 7} for b in range(2)]
     (heat,) = heat_maps("cast", {"formats": formats})

@@ -46,19 +46,19 @@ def test_cells_have_every_quantity_at_every_length(sides):
     assert {len(row) for row in cells} == {len(HEAD)}
     assert [row[0] for row in cells if row[0]] == ["512", "2,048", "8,192"]
     assert cells[-6:] == [
-        ("8,192", "prefill", "1.49 s", "886 ms", "× 0.30 (0.29 to 0.31)", "× 0.30"),
-        ("", "our attention", "", "500 ms", "× 0.25 (0.24 to 0.26)", "× 0.25"),
-        ("", "in chunks", "", "500 ms", "× 0.25 (0.24 to 0.26)", "× 0.25"),
-        ("", "decode a token", "30 ms", "30 ms", "× 0.30 (0.29 to 0.31)", "× 0.30"),
+        ("8,192", "prefill", "1.49 s", "886 ms", "× 0.300 (0.290 to 0.310)", "× 0.300"),
+        ("", "our attention", "", "500 ms", "× 0.250 (0.240 to 0.260)", "× 0.250"),
+        ("", "in chunks", "", "500 ms", "× 0.250 (0.240 to 0.260)", "× 0.250"),
+        ("", "decode a token", "30.0 ms", "30.0 ms", "× 0.300 (0.290 to 0.310)", "× 0.300"),
         ("", "cache", "8.19 MB", "2.24 MB", "× 0.273", ""),
-        ("", "memory", "8.19 MB", "8.19 MB", "× 1.000", ""),
+        ("", "memory", "8.19 MB", "8.19 MB", "× 1.00", ""),
     ]
 
 
 def test_cache_without_headers_is_as_counted(sides):
     for each in sides:
         each["size"]["cache"] = None
-    assert ("", "cache, as counted", "32.8 kB", "32.8 kB", "× 1.000", "") in length_cells(*sides)
+    assert ("", "cache, as counted", "32.8 kB", "32.8 kB", "× 1.00", "") in length_cells(*sides)
 
 
 def test_no_table_mixes_the_format_of_the_config_with_that_of_the_computation(sides):
@@ -72,7 +72,7 @@ def test_no_table_mixes_the_format_of_the_config_with_that_of_the_computation(si
 
 def test_notes_tell_the_fit_and_what_was_not_tried(sides):
     assert length_notes(*sides) == [
-        "prefill takes a + b·n + c·n² CPU seconds for n tokens: c 1e-08 ▶ 1e-09 (× 0.10); c·n² is half of it at "
+        "prefill takes a + b·n + c·n² CPU seconds for n tokens: c 1e-08 ▶ 1e-09 (× 0.100); c·n² is half of it at "
         "10,000 ▶ 100,000 tokens",
         "32,768 tokens were not tried: it may need 9 GB of memory, 1 GB are left",
     ]
@@ -87,7 +87,7 @@ def test_notes_name_what_is_faster_than_slower_stock_prompts(sides):
         row["prefill"] = timing(1.0, ratio)
     assert length_notes(*sides)[0] == (
         "stock transformers reads prompts of 2,048, 8,192 tokens slower than the original's: 8,192 tokens take × 1.50; in "
-        "chunks (`prefill_chunk_size`, as `generate` reads them) × 0.25; by our attention function (`compress.load`) × 0.25"
+        "chunks (`prefill_chunk_size`, as `generate` reads them) × 0.250; by our attention function (`compress.load`) × 0.250"
     )
     rows[2]["paths"] = []
     assert length_notes(*sides)[0].endswith("8,192 tokens take × 1.50")

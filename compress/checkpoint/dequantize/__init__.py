@@ -16,7 +16,7 @@ from typing import Any
 from compress.checkpoint.dequantize.base import SCHEMES, ReadArray, WeightFiles
 from compress.checkpoint.headers import TensorEntry
 from compress.errors import CheckpointError
-from compress.settings import format_bytes
+from compress.formatting import format_bytes
 from compress.spec.spec import FLOAT_DTYPES, Quantized, Tensor, widest
 
 __all__ = ["STALE", "ReadArray", "check_said", "config_of", "knows", "parse", "stored_note"]

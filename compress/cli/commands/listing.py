@@ -53,8 +53,8 @@ def runs(folder: Path, *, json: bool) -> None:
 
 def clean(run_folder: Path, *, everything: bool, dry_run: bool) -> None:
     """``compress clean``."""
+    from compress.formatting import format_bytes
     from compress.pipeline.housekeeping import clean as clean_run
-    from compress.settings import format_bytes
 
     removed, freed = clean_run(run_folder, everything=everything, dry_run=dry_run)
     verb = "would remove" if dry_run else "removed"

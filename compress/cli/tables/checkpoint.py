@@ -7,8 +7,8 @@ from typing import Any
 
 from compress.checkpoint.edits import EDIT_KINDS
 from compress.cli.tables.layout import make_console, print_laid_out, print_line
+from compress.formatting import format_bytes
 from compress.inspection.rows import block_lines, difference_tables, inspection_tables, tie_lines
-from compress.settings import format_bytes
 
 
 def print_inspection(data: Mapping[str, Any], *, tensors: bool) -> None:

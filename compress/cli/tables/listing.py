@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from compress.cli.tables.layout import make_console, print_line, print_table
-from compress.settings import format_bytes
+from compress.formatting import format_bytes
 
 
 def print_passes(rows: Sequence[Mapping[str, Any]]) -> None:

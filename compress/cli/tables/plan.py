@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from compress.cli.tables.layout import make_console, print_line, print_table
-from compress.settings import format_bytes
+from compress.formatting import format_bytes, ratio_of
 from compress.tabular import Column
 from compress.work import minutes_text
 
@@ -30,8 +30,8 @@ def print_plan(plan: Mapping[str, Any]) -> None:
     for note in plan["notes"]:
         print_line(console, note)
     last = passes[-1]["planned"]["bytes"]
-    ratio = last / original["bytes"] if original["bytes"] else 0.0
-    print_line(console, f"output {format_bytes(last)}, × {ratio:.3f} of the original, store: {plan['store']}")
+    change = f", {ratio_of(original['bytes'], last)} of the original" if original["bytes"] else ""
+    print_line(console, f"output {format_bytes(last)}{change}, store: {plan['store']}")
     _print_cache(console, plan["cache"])
     for row in passes:
         for note in row["notes"]:
@@ -66,7 +66,7 @@ def _print_cache(console: Any, cache: Sequence[Mapping[str, int]]) -> None:
             f"{row['length']:,}",
             format_bytes(row["original"]),
             format_bytes(row["result"]),
-            f"× {row['result'] / row['original']:.3f}" if row["original"] else "",
+            ratio_of(row["original"], row["result"]),
         )
         for row in cache
     ]

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from compress.cli.tables.layout import STYLES, Styled, make_console, print_line, print_table
-from compress.settings import format_bytes
+from compress.formatting import fixed, format_bytes, signed, signed_percent
 from compress.tabular import Column
 
 
@@ -133,11 +133,11 @@ def _print_paired(console: Any, paired: Mapping[str, Any] | None) -> None:
     for name, metric in metrics.table().items():
         p = paired.get(name, {})
         if "drop" in p:
-            text = f"drops by {p['drop']:.2f} points (between {p['lower']:.2f} and {p['upper']:.2f}"
+            text = f"drops by {fixed(p['drop'], 2)} points (between {fixed(p['lower'], 2)} and {fixed(p['upper'], 2)}"
         elif "increase" in p:
-            text = f"{p['increase']:+.2%} (between {p['lower']:+.2%} and {p['upper']:+.2%}"
+            text = f"{signed_percent(p['increase'])} (between {signed_percent(p['lower'])} and {signed_percent(p['upper'])}"
         elif "nats" in p:
-            text = f"{p['nats']:+.4f} nats (between {p['lower']:+.4f} and {p['upper']:+.4f}"
+            text = f"{signed(p['nats'], 4)} nats (between {signed(p['lower'], 4)} and {signed(p['upper'], 4)}"
         else:  # it compares with the original itself
             continue
         units = f"{p.get('units', paired['units'])} {p.get('unit', paired['unit'])}s"

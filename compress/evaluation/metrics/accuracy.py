@@ -17,7 +17,7 @@ class Accuracy(Metric):
     labelled = True
     gate = "score"
     help = "Share of labelled texts or images that are classified correctly."
-    form = ".2%"
+    decimals = None
 
     def value(self, evaluation: Scored) -> float | None:
         right = _right(evaluation)

@@ -23,7 +23,7 @@ class Agreement(RatioMetric):
     nullable = True
     gate = "agreement"
     help = "Share of tokens, or of texts, with the same top prediction as the original."
-    form = ".2%"
+    decimals = None
     numerator = "agree"
 
     def level(self, evaluation: Scored, resampling: Resampling) -> Interval:
@@ -38,5 +38,5 @@ class Agreement(RatioMetric):
     def cells(self, before: Scored, after: Scored) -> tuple[str, str, str, str] | None:
         if (value := after.get(self.name)) is None:
             return None
-        examples = is_examples(after)
-        return "agreement with the original" if examples else "top-1 agreement", "100%", f"{value:.{1 + examples}%}", ""
+        name = "agreement with the original" if is_examples(after) else "top-1 agreement"
+        return name, "100%", self.text(value), ""

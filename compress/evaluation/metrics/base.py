@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeAlias
 
 from compress import statistics
 from compress.errors import ReportError
+from compress.formatting import fixed, percent, signed, signed_percent
 from compress.settings import Settings
 from compress.statistics import Interval
 
@@ -56,7 +57,7 @@ class Metric(ABC):
         nullable: an evaluation may lack its value.
         gate: bounds of its gate: ``increase`` (max, max_increase), ``divergence`` (max), ``agreement`` or ``score`` (both
             min, max_drop), ``repetition`` (as ``increase``, at a distance). help: description of the gate.
-        unit: unit of levels. form: format of levels.
+        unit: unit of levels. decimals: of levels; None for shares, which are shown as percentages.
         settings: model of its settings in a recipe, all with defaults; None for a metric without settings.
     """
 
@@ -73,7 +74,7 @@ class Metric(ABC):
     gate: ClassVar[Literal["increase", "divergence", "agreement", "score", "repetition"]]
     help: ClassVar[str]
     unit: ClassVar[str] = "share"
-    form: ClassVar[str] = ".4g"
+    decimals: ClassVar[int | None] = 4
     settings: ClassVar[type[Settings] | None] = None
 
     @abstractmethod
@@ -116,7 +117,7 @@ class Metric(ABC):
 
     def text(self, value: float) -> str:
         """A level as text."""
-        return f"{value:{self.form}}"
+        return percent(value) if self.decimals is None else fixed(value, self.decimals)
 
     def cost(self, before: float, after: float) -> float:
         """How much worse ``after`` is: the increase, or the drop in points."""
@@ -124,14 +125,14 @@ class Metric(ABC):
 
     def cost_text(self, cost: float) -> str:
         """A cost as text."""
-        return f"{cost:+.4f}" if self.lower else f"{cost:+.2f} points"
+        return signed(cost, self.decimals or 0) if self.lower else f"{signed(cost, 2)} points"
 
     def cells(self, before: Scored, after: Scored) -> tuple[str, str, str, str] | None:
         """Row of the table before ▶ after: name, both values, change; None if a value is missing."""
         x, y = before.get(self.name), after.get(self.name)
         if x is None or y is None:
             return None
-        change = f"{100 * (y - x):+.2f} points" if not self.lower else f"{y / x - 1:+.1%}" if x else ""
+        change = f"{signed(100 * (y - x), 2)} points" if not self.lower else signed_percent(y / x - 1) if x else ""
         return self.row or self.title, self.text(x), self.text(y), change
 
     def rows(self, before: Scored, after: Scored) -> list[tuple[str, str, str, str]]:

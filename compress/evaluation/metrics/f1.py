@@ -23,7 +23,7 @@ class F1(Metric):
     labelled = True
     gate = "score"
     help = "Macro F1: the mean of the labels' F1, on labelled texts or images."
-    form = ".2%"
+    decimals = None
 
     def value(self, evaluation: Scored) -> float | None:
         return macro_f1(evaluation["documents"], len(evaluation["labels"]))

@@ -30,4 +30,4 @@ class KL(RatioMetric):
         if (value := after.get(self.name)) is None:
             return None
         unit = after.get("of", "texts")[:-1] if is_examples(after) else "token"
-        return "KL from the original", "0", f"{value:.4f}", f"nats per {unit}"
+        return "KL from the original", "0", self.text(value), f"nats per {unit}"

@@ -25,6 +25,7 @@ class Perplexity(RatioMetric):
     gate = "increase"
     help = "Perplexity per token of the evaluation text."
     unit = "absolute"
+    decimals = 2
     numerator = "nll"
 
     def value(self, evaluation: Scored) -> float | None:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from compress.errors import CompressError, ReportError
 from compress.evaluation.metrics.base import MetricOfPasses, Resampling, Scored
 from compress.evaluation.repetition_settings import RepetitionSettings
+from compress.formatting import signed
 from compress.settings import Settings
 from compress.statistics import Interval
 
@@ -30,7 +31,6 @@ class Repetition(MetricOfPasses):
     gate = "repetition"
     help = "Loss on a passage that comes again at a distance, nats per token."
     unit = "nats"
-    form = ".4f"
     settings = RepetitionSettings
 
     def value(self, evaluation: Scored) -> float | None:
@@ -83,7 +83,7 @@ class Repetition(MetricOfPasses):
         cells = []
         for x, y in zip(first["distances"], last["distances"], strict=True):
             old, new = x["nats_per_token"], y["nats_per_token"]
-            change = f"{new - old:+.4f} nats per token"
+            change = f"{signed(new - old, 4)} nats per token"
             cells.append((f"repetition at {x['distance']:,}", self.text(old), self.text(new), change))
         return cells
 

@@ -20,7 +20,6 @@ class Similarity(RatioMetric):
     nullable = True
     gate = "score"
     help = "Mean cosine similarity of sentence embeddings to the original's. A drop is counted from 1."
-    form = ".4f"
     numerator = "similarity"
 
     def drop(self, before: Scored, after: Scored, resampling: Resampling) -> Interval:

@@ -20,7 +20,6 @@ class Spearman(Metric):
     nullable = True
     gate = "score"
     help = "Spearman's rank correlation between the cosine similarities of sentence pairs and their scores."
-    form = ".4f"
 
     def value(self, evaluation: Scored) -> float | None:
         pairs = [(row["cosine"], row["score"]) for row in evaluation["documents"]]

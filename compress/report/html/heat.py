@@ -9,6 +9,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from compress.formatting import significant
 from compress.passes.details import PassDetails
 from compress.report.detail_rows import inside_block
 
@@ -97,7 +98,7 @@ def _cell(value: float | None, where: str, low: float, high: float) -> Cell | No
 
 
 def _text(value: float) -> str:
-    return f"{value:.3g}"
+    return significant(value)
 
 
 def heat_rules(*, dark: bool) -> str:

@@ -12,6 +12,7 @@ from importlib import resources
 from typing import TYPE_CHECKING, Any
 
 from compress.escape import printable
+from compress.formatting import fixed
 from compress.report import figures
 from compress.report.details import Section, sections
 from compress.report.html.heat import HeatMap, heat_maps, heat_rules, removal_losses
@@ -170,7 +171,7 @@ def _bars(report: Mapping[str, Any]) -> Iterator[Figure]:
     for row in _rows(report):
         removed = {str(block) for block in row["details"].get("removed_blocks", ())}
         title = f"loss without each block; removed: {', '.join(sorted(removed, key=int)) or 'none'}"
-        picture = block_bars(title, removal_losses(row["details"]), removed, lambda loss: f"{loss:.4g}")
+        picture = block_bars(title, removal_losses(row["details"]), removed, lambda loss: fixed(loss, 4))
         if picture is not None:
             yield _figure(picture)
 

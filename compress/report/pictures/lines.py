@@ -7,9 +7,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from compress.report.lengths import cache_bytes_at, seconds_text
+from compress.formatting import format_bytes, seconds_text
+from compress.report.lengths import cache_bytes_at
 from compress.report.pictures.svg import WIDTH, Picture, Scale, heading, log_marks, text, ticks, width_of, y_axis
-from compress.settings import format_bytes
 
 _HEIGHT, _LEFT, _RIGHT, _TOP, _BOTTOM = 290, 72, 16, 64, 44
 #: Unit of a quantity ▶ its text at an axis.

@@ -6,10 +6,10 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+from compress.formatting import format_bytes
 from compress.report import figures
 from compress.report.figures import Step
 from compress.report.pictures.svg import WIDTH, Picture, Scale, cut, heading, stacked, text, ticks, width_of, y_axis
-from compress.settings import format_bytes
 
 _HEIGHT, _LEFT, _RIGHT, _TOP, _BOTTOM = 290, 72, 24, 56, 52
 _ROW, _MARGIN = 62, 12

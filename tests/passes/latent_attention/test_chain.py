@@ -6,6 +6,7 @@ import pytest
 
 import compress
 from compress.checkpoint.open import open_checkpoint
+from compress.formatting import ratio
 from compress.report.details import render_details
 from tests import pico
 
@@ -38,7 +39,7 @@ def test_distill_and_cast_follow_latent_attention(texts, tmp_path):
     choice = latent["details"]["latent"]
     assert f"a block caches {choice['cached']} numbers per token, 32 before" in text
     assert choice["decode"]["ratio"] > 0
-    assert f"a block takes {choice['decode']['ratio']:.2f} × the original's time" in text
+    assert f"a block takes {ratio(choice['decode']['ratio'])} of the original's time" in text
     assert f"| {choice['keys']} | {choice['values']} | " in text
     stored = open_checkpoint(tmp_path / "out")
     assert stored.spec.structure.class_name == "DeepseekV3ForCausalLM"
