@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from compress.settings import format_bytes
+from compress.formatting import format_bytes
 from compress.tabular import Shown, TextTable
 
 

@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING, Any
 
 from compress.architectures.cache import cache_bytes
 from compress.checkpoint.store import Store
+from compress.formatting import format_bytes
 from compress.planning.sizes import Size, other_store
 from compress.recipe.work import WorkBeside
-from compress.settings import format_bytes
 from compress.spec.spec import Spec
 from compress.tabular import Column, Shown, TextTable
 from compress.work import Work, seconds_of
