@@ -4,6 +4,7 @@ Random bf16 checkpoints of the shape of a 7B Llama, cut to few blocks, are prune
 each in a process of its own whose peak resident memory is read; beside it stands what the plan says, also for all 32 blocks.
 With --section memory-structured they lose a quarter of MLP and heads, repaired by least squares, with 8 x 512 tokens; with
 --section memory-cast a smaller shape is cast to int4, and to formats within a budget, with 4 x 512 tokens.
+--section memory-plan runs nothing: what plans say of every pass's defaults, for whole models of 7B, 8B and 70B parameters.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from benchmarks import page  # noqa: E402
+from compress.passes.effort import EFFORTS  # noqa: E402
 
 SHAPE = {
     "vocab_size": 32000,
@@ -30,6 +32,41 @@ SHAPE = {
     "num_attention_heads": 32,
     "num_key_value_heads": 32,
 }
+
+#: Blocks, and config fields, of what is planned.
+WHOLE: dict[str, tuple[int, dict[str, int]]] = {
+    "Llama 7B": (32, SHAPE),
+    "Llama 3 8B": (
+        32,
+        {**SHAPE, "vocab_size": 128256, "intermediate_size": 14336, "num_key_value_heads": 8},
+    ),
+    "Llama 3 70B": (
+        80,
+        {
+            "vocab_size": 128256,
+            "hidden_size": 8192,
+            "intermediate_size": 28672,
+            "num_attention_heads": 64,
+            "num_key_value_heads": 8,
+        },
+    ),
+}
+#: Passes as recipes name them; each with every effort that it has.
+PLANNED: list[dict[str, Any]] = [
+    {"cast": {"weights": "int8", "method": "rtn"}},
+    *({"cast": {"weights": "int4", "effort": effort}} for effort in EFFORTS),
+    {"cast": {"bits": 4.5}},
+    {"cast": {"weights": "trellis2"}},
+    *({"prune_unstructured": {"sparsity": 0.5, "effort": effort}} for effort in EFFORTS),
+    {"prune_unstructured": {"pattern": "2:4"}},
+    {"prune_structured": {"mlp": "25%"}},
+    {"prune_structured": {"heads": "25%"}},
+    {"prune_structured": {"layers": 2}},
+    {"factorize": {"keep_parameters": 0.7}},
+    {"share": {"groups": 2}},
+    {"latent_attention": {"cache": "50%"}},
+    {"carve_experts": {"experts": 8, "active": 2}},
+]
 
 SMALL = {
     "vocab_size": 4000,
@@ -178,15 +215,57 @@ def casting(scratch: Path) -> list[str]:
     ]
 
 
+def planned(scratch: Path) -> list[str]:
+    """Peak memory by plan, of every pass and whole model."""
+    import torch
+    from safetensors.torch import save_file
+
+    import compress
+    from compress.errors import CompressError
+
+    ids = scratch / "ids.safetensors"
+    save_file({"ids": torch.zeros(128, 512, dtype=torch.int64)}, ids)
+    folders = {}
+    for name, (layers, shape) in WHOLE.items():
+        folders[name] = scratch / name.replace(" ", "-")
+        make(folders[name], shape, layers, weights=False)
+    rows = []
+    for entry in PLANNED:
+        ((name, settings),) = entry.items()
+        cells = []
+        for folder in folders.values():
+            asked = {**recipe(folder, ids, entry), "store": "compact"}
+            del asked["max_ram"]
+            try:
+                cells.append(f"{compress.plan(asked).peak_memory / 2**20:,.0f}")
+            except CompressError as error:
+                print(name, settings, error)
+                cells.append("refused")
+        rows.append([f"`{name}`", ", ".join(f"{key}: {value}" for key, value in settings.items()), *cells])
+        print(*rows[-1], flush=True)
+    return [
+        "## Memory by plan",
+        "",
+        f'`make bench-memory ARGS="--section memory-plan"`: peak resident MiB of each pass on a CPU, as `compress plan` says, '
+        "bf16 weights, 128 × 512 calibration tokens. Nothing was run.",
+        "",
+        *page.table(["pass", "settings", *folders], rows),
+    ]
+
+
 def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--layers", type=int, nargs="+", default=[2, 4])
-    parser.add_argument("--section", default="memory", choices=["memory", "memory-structured", "memory-cast"])
+    parser.add_argument(
+        "--section", default="memory", choices=["memory", "memory-structured", "memory-cast", "memory-plan"]
+    )
     args = parser.parse_args()
     scratch = Path(tempfile.mkdtemp(prefix="compress-bench-", dir=os.environ.get("BENCH_DIR")))
     try:
-        if args.section == "memory-cast":
+        if args.section == "memory-plan":
+            rows = planned(scratch)
+        elif args.section == "memory-cast":
             rows = casting(scratch)
         else:
             rows = (pruning if args.section == "memory" else narrowing)(scratch, args.layers)
