@@ -64,8 +64,8 @@ PLANNED: list[dict[str, Any]] = [
     {"prune_structured": {"layers": 2}},
     {"factorize": {"keep_parameters": 0.7}},
     {"share": {"groups": 2}},
-    {"latent_attention": {"cache": "50%"}},
-    {"carve_experts": {"experts": 8, "active": 2}},
+    {"latent_attention": {"max_cache": "50%"}},
+    {"carve_experts": {"experts": 8, "active": "50%"}},
 ]
 
 SMALL = {

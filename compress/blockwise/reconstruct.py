@@ -53,6 +53,19 @@ class TrainableTensor:
     unit: float
 
 
+@dataclass(frozen=True)
+class Derived:
+    """A parameter of the block that is computed from trainable tensors.
+
+    Attributes:
+        tensors: those that are trained. chain: sets their gradients from that of the parameter.
+    """
+
+    parameter: torch.nn.Parameter
+    tensors: Sequence[torch.Tensor]
+    chain: Callable[[], None]
+
+
 def trainable_floats(block: Block, without: Collection[int] = ()) -> list[TrainableTensor]:
     """The block's float parameters, with the root mean square of their values as unit.
 
@@ -69,7 +82,7 @@ def reconstruct_block(
     options: Reconstruction,
     trainable: Sequence[TrainableTensor],
     project: Callable[[], None],
-    chain_gradients: Callable[[], None] | None = None,
+    derived: Sequence[Derived] = (),
 ) -> dict[str, Any]:
     """Train a block in place.
 
@@ -81,7 +94,7 @@ def reconstruct_block(
     Args:
         trainable: the tensors to train: parameters of the block, or tensors that its weights are computed from.
         project: called after every step; brings the block's weights back to allowed values: zeros, or rounded values.
-        chain_gradients: called before every step; sets the gradients of ``trainable`` from those of the block's weights.
+        derived: parameters that are computed from tensors of ``trainable``.
 
     Returns:
         ``before`` and ``after``: that loss on the held-out samples; ``rate``: the last one tried; ``steps``: in all;
@@ -96,7 +109,7 @@ def reconstruct_block(
             block.view.samples > 1 and depends_on_hidden_alone(predict, _target(block, [0]))
         ):
             predict = None
-        result = _reconstruct(block, options, trainable, project, chain_gradients, predict)
+        result = _reconstruct(block, options, trainable, project, derived, predict)
     return {**result, "seconds": round(time.perf_counter() - start, 3)}
 
 
@@ -105,7 +118,7 @@ def _reconstruct(
     options: Reconstruction,
     trainable: Sequence[TrainableTensor],
     project: Callable[[], None],
-    chain_gradients: Callable[[], None] | None,
+    derived: Sequence[Derived],
     predict: Predict | None,
 ) -> dict[str, Any]:
     """Train, held out against restored tensors; see `reconstruct_block`. ``predict``: compare what it gives."""
@@ -118,7 +131,7 @@ def _reconstruct(
     peak = options.rate if predict is None else options.rate / RETRY
     rate, steps, after = peak, 0, before
     for rate in (peak, peak / RETRY, peak / RETRY**2):
-        steps += _descend(block, options, rate, train, trainable, deviation, order, project, chain_gradients, predict)
+        steps += _descend(block, options, rate, train, trainable, deviation, order, project, derived, predict)
         after = _error(block, test, predict)[0] if test else 0.0
         if after < before or not test:
             break
@@ -138,7 +151,7 @@ def _descend(
     deviation: float,
     order: torch.Generator,
     project: Callable[[], None],
-    chain_gradients: Callable[[], None] | None,
+    derived: Sequence[Derived],
     predict: Predict | None,
 ) -> int:
     """Train for all epochs at that rate; the number of steps."""
@@ -146,7 +159,7 @@ def _descend(
     optimizers = {id(m.tensor): _adam(m, rate) for m in trainable}
     reduced = options.bfloat16 and runs_in_bfloat16(block, train[:1])
     steps, step = math.ceil(options.epochs * -(-len(train) // options.batch)), 0
-    with _with_gradients(block, parameters, optimizers, keep=chain_gradients is not None):
+    with _with_gradients(block, parameters, optimizers, derived):
         while step < steps:
             shuffled = torch.randperm(len(train), generator=order).tolist()
             for start in range(0, min(len(train), (steps - step) * options.batch), options.batch):
@@ -156,8 +169,8 @@ def _descend(
                     group["lr"] = group["peak"] * (1 - step / steps)
                 _gradients(block, rows, parameters, deviation, predict, reduced)
                 with torch.no_grad():
-                    if chain_gradients is not None:
-                        chain_gradients()
+                    for one in derived if block.view.processes.world > 1 else ():
+                        one.chain()
                     for optimizer in optimizers.values():
                         optimizer.step()  # skips what has no gradient, or no longer
                     for p in parameters:
@@ -178,19 +191,26 @@ def _with_gradients(
     block: Block,
     parameters: Sequence[torch.nn.Parameter],
     optimizers: Mapping[int, torch.optim.Optimizer],
-    keep: bool,
+    derived: Sequence[Derived],
 ) -> Iterator[None]:
     """Within, the parameters have gradients. In one process each is stepped as soon as it has its own, which is then freed.
 
     Args:
-        optimizers: by the id of the tensor. keep: whether the gradients of other parameters are of use.
+        optimizers: by the id of the tensor. derived: what is stepped as soon as its parameter has a gradient.
     """
+    tensors: dict[int, list[Derived]] = {}
+    for one in derived:
+        tensors.setdefault(id(one.parameter), []).append(one)
 
     def step(p: torch.Tensor) -> None:
+        with torch.no_grad():
+            for one in tensors.get(id(p), ()):
+                one.chain()
+                for tensor in one.tensors:
+                    optimizers[id(tensor)].step()
+                    tensor.grad = None
         if (optimizer := optimizers.get(id(p))) is not None:
             optimizer.step()
-        elif keep:
-            return
         p.grad = None
 
     alone = block.view.processes.world == 1

@@ -21,9 +21,9 @@ from compress.blockwise.memory_budget import (
 from compress.solvers.memory import NO_SOLVER, SolverMemory, outputs_at_once
 from compress.spec.spec import Spec
 
-#: Float32 copies of a block that reconstruction holds beside its weights: two moments, if it trains all floats of the block,
-#: or the gradients, where it trains only scales of codes.
-RECONSTRUCTION_COPIES = {"floats": 2, "scales": 1}
+#: Float32 copies of the trained share of a block that reconstruction holds beside its weights: two moments of floats and of
+#: factors; scales are few.
+RECONSTRUCTION_COPIES = {"floats": 2.0, "factors": 2.0, "scales": 0.1}
 #: Float32 copies of one tensor that a step computes: its gradient, and what the optimiser and the projection make on the way.
 _STEP_COPIES = 3
 #: Everything that is not counted.
@@ -36,7 +36,8 @@ def runner_memory(
     width: int,
     solver: SolverMemory,
     *,
-    reconstruction: Literal["floats", "scales"] | None = None,
+    reconstruction: Literal["floats", "factors", "scales"] | None = None,
+    trained: float = 1,
     output_curvature: bool = False,
     gradients: bool = False,
     teacher: Spec | None = None,
@@ -48,6 +49,7 @@ def runner_memory(
         width: bytes of a float of the computation.
         solver: memory of the solver of these tensors.
         reconstruction: what block reconstruction trains, see `RECONSTRUCTION_COPIES`; None without reconstruction.
+        trained: numbers that it trains for each weight of the block, where these are factors.
         output_curvature: curvatures [O, O] are held, and gradients are measured for them.
         gradients: gradients go through each block, forwards and backwards.
         teacher: the original, whose blocks are loaded beside the changed ones before these are solved; None where it has the
@@ -77,8 +79,9 @@ def runner_memory(
         solving = max((_solving(x.O, x.I, solver, held) for x in changed), default=0)
         tuning = 0
         if reconstruction is not None:
-            copies = 4 * RECONSTRUCTION_COPIES[reconstruction] * block
-            tuning = copies + 4 * _STEP_COPIES * _largest_parameter(one) + SAVED_BYTES + activations
+            copies = int(4 * RECONSTRUCTION_COPIES[reconstruction] * trained * block)
+            step = 1 + trained if reconstruction == "factors" else _STEP_COPIES
+            tuning = copies + int(4 * step * _largest_parameter(one)) + SAVED_BYTES + activations
         kept = int(solver.kept * sum(x.tensor.count for x in changed))
         peak = max(peak, width * block + kept + max(statistics, measuring, solving, tuning))
         peak = max(peak, width * block + beside + activations)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ from compress.blockwise.block import Block
 from compress.blockwise.hessians import InputStatistics
 from compress.blockwise.linears import TargetLinear
 from compress.blockwise.memory_budget import SAMPLES_PER_STEP
-from compress.blockwise.reconstruct import Reconstruction, TrainableTensor, reconstruct_block, trainable_floats
+from compress.blockwise.reconstruct import Derived, Reconstruction, TrainableTensor, reconstruct_block, trainable_floats
 from compress.blockwise.results import TensorExtras, extras_by_tensor
 from compress.blockwise.solve import solve_block
 from compress.blockwise.spilled import SpilledByName
@@ -227,11 +228,10 @@ def _reconstruct(block: Block, reconstruction: Reconstruction, rounded: list[Rou
         for r in free:
             r.project()
 
-    def chain_gradients() -> None:
-        for r in free:
-            r.chain_gradients(parameters)
-
-    block.details["tuning"] = reconstruct_block(block, reconstruction, trainable, project, chain_gradients)
+    derived = [
+        Derived(parameters[r.linear.parameter], (r.scale,), partial(r.chain_gradients, parameters)) for r in free
+    ]
+    block.details["tuning"] = reconstruct_block(block, reconstruction, trainable, project, derived)
 
 
 def _solve(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ from compress.blockwise.block import Block
 from compress.blockwise.hessians import InputStatistics
 from compress.blockwise.linears import TargetLinear
 from compress.blockwise.probe import ProbeFn
-from compress.blockwise.reconstruct import Reconstruction, TrainableTensor, reconstruct_block, trainable_floats
+from compress.blockwise.reconstruct import Derived, Reconstruction, TrainableTensor, reconstruct_block, trainable_floats
 from compress.blockwise.results import TensorExtras
 from compress.blockwise.solve import solve_block
 from compress.solvers.gptq import act_order_factor, asymmetric_target
@@ -47,8 +48,12 @@ class Pair:
         """Write the product into the block."""
         self.linear.weight.copy_(self.up @ self.down)
 
-    def chain_gradients(self, gradient: torch.Tensor) -> None:
-        """Set the gradients of the factors from that of the product [O, I]."""
+    def chain_gradients(self, parameters: Mapping[str, torch.nn.Parameter]) -> None:
+        """Set the gradients of the factors from that of the product."""
+        gradient = parameters[self.linear.parameter].grad
+        if gradient is None:  # the block does not use it on text, such as LUKE's queries of entities
+            return
+        gradient = gradient.T if self.linear.transposed else gradient
         self.up.grad, self.down.grad = gradient @ self.down.T, self.up.T @ gradient
 
     def finish(self, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
@@ -108,15 +113,12 @@ def _reconstruct(block: Block, reconstruction: Reconstruction, pairs: list[Pair]
         for pair in pairs:
             pair.project()
 
-    def chain_gradients() -> None:
-        for pair in pairs:
-            gradient = parameters[pair.linear.parameter].grad
-            if gradient is None:  # the block does not use it on text, such as LUKE's queries of entities
-                continue
-            pair.chain_gradients(gradient.T if pair.linear.transposed else gradient)
-
+    derived = [
+        Derived(parameters[pair.linear.parameter], (pair.up, pair.down), partial(pair.chain_gradients, parameters))
+        for pair in pairs
+    ]
     block.details["tuning"] = reconstruct_block(
-        block, reconstruction, trainable + trainable_floats(block, product), project, chain_gradients
+        block, reconstruction, trainable + trainable_floats(block, product), project, derived
     )
 
 

@@ -63,12 +63,13 @@ class Factorize(Pass[FactorizeSettings]):
     def memory(self, spec: Spec, settings: FactorizeSettings, width: int) -> int | None:
         """Bytes of the block runner; with `allocation: kl` also of measuring divergences."""
         names = targets(spec, settings)
-        reconstruction: Literal["floats"] | None = "floats" if settings.reconstruction_epochs else None
-        solver = replace(LOW_RANK, kept=4 * (settings.keep_parameters or 1))
-        runner = runner_memory(spec, names, width, solver, reconstruction=reconstruction)
+        reconstruction: Literal["factors"] | None = "factors" if settings.reconstruction_epochs else None
+        share = settings.keep_parameters or 1
+        solver = replace(LOW_RANK, kept=4 * share)
+        runner = runner_memory(spec, names, width, solver, reconstruction=reconstruction, trained=share)
         if not settings.by_divergence:
             return runner
-        return max(runner, divergence_memory(spec, names, width, LOW_RANK, 1))
+        return max(runner, divergence_memory(spec, names, width, replace(LOW_RANK, kept=0), 1))
 
     def work(self, spec: Spec, settings: FactorizeSettings, sizes: DataSizes) -> Work | None:
         """Work of the block runner, and of measuring divergences where they allocate the ranks."""
