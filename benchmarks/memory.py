@@ -246,7 +246,7 @@ def planned(scratch: Path) -> list[str]:
     return [
         "## Memory by plan",
         "",
-        f'`make bench-memory ARGS="--section memory-plan"`: peak resident MiB of each pass on a CPU, as `compress plan` says, '
+        '`make bench-memory ARGS="--section memory-plan"`: peak resident MiB of each pass on a CPU, as `compress plan` says, '
         "bf16 weights, 128 × 512 calibration tokens. Nothing was run.",
         "",
         *page.table(["pass", "settings", *folders], rows),
