@@ -54,7 +54,7 @@ class TrainableTensor:
 
 
 @dataclass(frozen=True)
-class Derived:
+class ComputedParameter:
     """A parameter of the block that is computed from trainable tensors.
 
     Attributes:
@@ -82,7 +82,7 @@ def reconstruct_block(
     options: Reconstruction,
     trainable: Sequence[TrainableTensor],
     project: Callable[[], None],
-    derived: Sequence[Derived] = (),
+    derived: Sequence[ComputedParameter] = (),
 ) -> dict[str, Any]:
     """Train a block in place.
 
@@ -118,7 +118,7 @@ def _reconstruct(
     options: Reconstruction,
     trainable: Sequence[TrainableTensor],
     project: Callable[[], None],
-    derived: Sequence[Derived],
+    derived: Sequence[ComputedParameter],
     predict: Predict | None,
 ) -> dict[str, Any]:
     """Train, held out against restored tensors; see `reconstruct_block`. ``predict``: compare what it gives."""
@@ -151,7 +151,7 @@ def _descend(
     deviation: float,
     order: torch.Generator,
     project: Callable[[], None],
-    derived: Sequence[Derived],
+    derived: Sequence[ComputedParameter],
     predict: Predict | None,
 ) -> int:
     """Train for all epochs at that rate; the number of steps."""
@@ -191,14 +191,14 @@ def _with_gradients(
     block: Block,
     parameters: Sequence[torch.nn.Parameter],
     optimizers: Mapping[int, torch.optim.Optimizer],
-    derived: Sequence[Derived],
+    derived: Sequence[ComputedParameter],
 ) -> Iterator[None]:
     """Within, the parameters have gradients. In one process each is stepped as soon as it has its own, which is then freed.
 
     Args:
         optimizers: by the id of the tensor. derived: what is stepped as soon as its parameter has a gradient.
     """
-    tensors: dict[int, list[Derived]] = {}
+    tensors: dict[int, list[ComputedParameter]] = {}
     for one in derived:
         tensors.setdefault(id(one.parameter), []).append(one)
 

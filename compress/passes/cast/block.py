@@ -16,7 +16,13 @@ from compress.blockwise.block import Block
 from compress.blockwise.hessians import InputStatistics
 from compress.blockwise.linears import TargetLinear
 from compress.blockwise.memory_budget import SAMPLES_PER_STEP
-from compress.blockwise.reconstruct import Derived, Reconstruction, TrainableTensor, reconstruct_block, trainable_floats
+from compress.blockwise.reconstruct import (
+    ComputedParameter,
+    Reconstruction,
+    TrainableTensor,
+    reconstruct_block,
+    trainable_floats,
+)
 from compress.blockwise.results import TensorExtras, extras_by_tensor
 from compress.blockwise.solve import solve_block
 from compress.blockwise.spilled import SpilledByName
@@ -229,7 +235,8 @@ def _reconstruct(block: Block, reconstruction: Reconstruction, rounded: list[Rou
             r.project()
 
     derived = [
-        Derived(parameters[r.linear.parameter], (r.scale,), partial(r.chain_gradients, parameters)) for r in free
+        ComputedParameter(parameters[r.linear.parameter], (r.scale,), partial(r.chain_gradients, parameters))
+        for r in free
     ]
     block.details["tuning"] = reconstruct_block(block, reconstruction, trainable, project, derived)
 

@@ -14,7 +14,13 @@ from compress.blockwise.block import Block
 from compress.blockwise.hessians import InputStatistics
 from compress.blockwise.linears import TargetLinear
 from compress.blockwise.probe import ProbeFn
-from compress.blockwise.reconstruct import Derived, Reconstruction, TrainableTensor, reconstruct_block, trainable_floats
+from compress.blockwise.reconstruct import (
+    ComputedParameter,
+    Reconstruction,
+    TrainableTensor,
+    reconstruct_block,
+    trainable_floats,
+)
 from compress.blockwise.results import TensorExtras
 from compress.blockwise.solve import solve_block
 from compress.solvers.gptq import act_order_factor, asymmetric_target
@@ -114,7 +120,9 @@ def _reconstruct(block: Block, reconstruction: Reconstruction, pairs: list[Pair]
             pair.project()
 
     derived = [
-        Derived(parameters[pair.linear.parameter], (pair.up, pair.down), partial(pair.chain_gradients, parameters))
+        ComputedParameter(
+            parameters[pair.linear.parameter], (pair.up, pair.down), partial(pair.chain_gradients, parameters)
+        )
         for pair in pairs
     ]
     block.details["tuning"] = reconstruct_block(
