@@ -19,13 +19,20 @@ from compress.cli.options import (
     Dtype,
     Field,
     FullKvCache,
+    Goal,
     IgnoreCode,
+    InitPreset,
     Label,
+    MaxBytes,
     MaxDocuments,
     Metrics,
     Offline,
+    OutputOption,
+    PresetOption,
     Quiet,
     RecipeFile,
+    RecipeOrModel,
+    RecipeOutput,
     Separator,
     Sets,
     Streaming,
@@ -64,8 +71,29 @@ def _root(
 
 
 @app.command()
+def init(
+    model: CheckpointArgument,
+    goal: Goal = "small",
+    preset: InitPreset = None,
+    max_bytes: MaxBytes = None,
+    output: RecipeOutput = None,
+    trust_remote_code: Trust = False,
+    ignore_auto_map: IgnoreCode = False,
+    allow_links: AllowLinks = False,
+    offline: Offline = False,
+) -> None:
+    """Write a commented recipe for a model, chosen from its headers. Reads no weights."""
+    from compress.cli.commands import begin
+
+    code = Code(trust_remote_code, ignore_auto_map, allow_links)
+    begin.init(model, goal=goal, preset=preset, max_bytes=max_bytes, output=output, code=code, offline=offline)
+
+
+@app.command()
 def run(
-    recipe: RecipeFile,
+    recipe: RecipeOrModel,
+    preset: PresetOption = None,
+    output: OutputOption = None,
     sets: Sets = None,
     fresh: Annotated[bool, typer.Option("--fresh", help="Run every stage again.")] = False,
     publish_anyway: Annotated[
@@ -82,7 +110,17 @@ def run(
     """
     from compress.cli.commands import recipes
 
-    recipes.run(recipe, sets or [], fresh=fresh, publish_anyway=publish_anyway, offline=offline, json=json, quiet=quiet)
+    recipes.run(
+        recipe,
+        sets or [],
+        preset=preset,
+        output=output,
+        fresh=fresh,
+        publish_anyway=publish_anyway,
+        offline=offline,
+        json=json,
+        quiet=quiet,
+    )
 
 
 @app.command()
@@ -109,7 +147,9 @@ def check(
 
 @app.command()
 def plan(
-    recipe: RecipeFile,
+    recipe: RecipeOrModel,
+    preset: PresetOption = None,
+    output: OutputOption = None,
     sets: Sets = None,
     minutes: Annotated[
         bool, typer.Option("--minutes", help="Measure this machine's CPU for half a minute, and keep its rates.")
@@ -120,7 +160,7 @@ def plan(
     """Show the sizes, parameters, peak memory and disk space of every stage. Reads headers only."""
     from compress.cli.commands import recipes
 
-    recipes.plan(recipe, sets or [], minutes=minutes, offline=offline, json=json)
+    recipes.plan(recipe, sets or [], preset=preset, output=output, minutes=minutes, offline=offline, json=json)
 
 
 @app.command()

@@ -10,6 +10,40 @@ import typer
 from compress.evaluation import metrics
 
 RecipeFile = Annotated[Path, typer.Argument(help="Recipe (YAML).", metavar="RECIPE")]
+RecipeOrModel = Annotated[Path, typer.Argument(help="Recipe (YAML); with --preset a model.", metavar="RECIPE|MODEL")]
+PresetOption = Annotated[
+    str | None,
+    typer.Option(
+        "--preset",
+        help="In place of a recipe, for a model: W4A16, W8A8, FP8, 2:4, recovery and others (`compress init -h`).",
+    ),
+]
+OutputOption = Annotated[
+    Path | None, typer.Option("--output", "-o", help="Folder to write, in place of the recipe's.", metavar="FOLDER")
+]
+Goal = Annotated[
+    str,
+    typer.Option(
+        "--goal",
+        help="small: fewest bytes at little loss. fast: fewer blocks and neurons. accurate: 8 bits.",
+        metavar="small|fast|accurate",
+    ),
+]
+InitPreset = Annotated[
+    str | None,
+    typer.Option(
+        "--preset",
+        help="In place of a goal: W4A16, W4A16_ASYM, W8A16, W8A8, FP8 (FP8_DYNAMIC), NVFP4A16, MXFP4A16, W6A16, W5A16, W3A16, "
+        "W2A16, 2:4, 50%, recovery.",
+    ),
+]
+MaxBytes = Annotated[
+    str | None, typer.Option("--max-bytes", help="Most bytes of the result, such as 500MB.", metavar="SIZE")
+]
+RecipeOutput = Annotated[
+    Path | None,
+    typer.Option("--output", "-o", help="File to write, by default recipe.yaml; `-` for stdout.", metavar="FILE"),
+]
 Sets = Annotated[
     list[str] | None,
     typer.Option(

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from compress.cli.commands.begin import load_or_make
 from compress.cli.commands.common import load, print_json, progress, say
 from compress.cli.guard import Judged
 from compress.recipe.located import Located
@@ -18,16 +19,29 @@ if TYPE_CHECKING:
 
 
 def run(
-    path: Path, sets: Sequence[str], *, fresh: bool, publish_anyway: bool, offline: bool, json: bool, quiet: bool
+    path: Path,
+    sets: Sequence[str],
+    *,
+    preset: str | None,
+    output: Path | None,
+    fresh: bool,
+    publish_anyway: bool,
+    offline: bool,
+    json: bool,
+    quiet: bool,
 ) -> None:
-    """``compress run``."""
+    """``compress run``. With ``preset`` the path is that of a model."""
     from compress.cli import tables
     from compress.pipeline.run import run as run_recipe
 
-    recipe = load(path, [*sets, "offline=true"] if offline else sets)
+    recipe = load_or_make(path, sets, preset, output, offline)
     with Located(recipe):
         result = run_recipe(
-            recipe, fresh=fresh, publish_anyway=publish_anyway, progress=progress(quiet), recipe_path=str(path)
+            recipe,
+            fresh=fresh,
+            publish_anyway=publish_anyway,
+            progress=progress(quiet),
+            recipe_path=str(path) if preset is None else None,
         )
     if json:
         print_json(result.report)
@@ -56,13 +70,22 @@ def check(path: Path, sets: Sequence[str], *, data: bool, resolved: bool, json: 
             say(line)
 
 
-def plan(path: Path, sets: Sequence[str], *, minutes: bool, offline: bool, json: bool) -> None:
+def plan(
+    path: Path,
+    sets: Sequence[str],
+    *,
+    preset: str | None,
+    output: Path | None,
+    minutes: bool,
+    offline: bool,
+    json: bool,
+) -> None:
     """``compress plan``. Without ``minutes``, times are shown where the rates of this machine are known."""
     from compress.checkpoint.open import open_headers
     from compress.cli import tables
     from compress.planning import make_plan
 
-    recipe = load(path, [*sets, "offline=true"] if offline else sets)
+    recipe = load_or_make(path, sets, preset, output, offline)
     with Located(recipe):
         spec, metadata = open_headers(
             recipe.reference,
