@@ -23,15 +23,24 @@ def input_formats(spec: Spec) -> dict[str, str]:
     return {module: format_ for module, format_ in formats.items() if format_ is not None}
 
 
+def codes(spec: Spec) -> set[str]:
+    """Formats of the codes that a stock loader has to decode; none for a compact checkpoint, which decodes them itself."""
+    if spec.structure.compact:
+        return set()
+    return {t.quant_format.format for t in spec.stored() if t.quant_format is not None}
+
+
+def narrow_codes(spec: Spec) -> list[str]:
+    """Formats with which transformers computes in bfloat16 alone, so that it is loaded with ``dtype="auto"``."""
+    return sorted(codes(spec) & set(FIXED_GROUPS))
+
+
 def loading_notes(spec: Spec) -> list[str]:
     """Notes on what stock transformers needs to load the checkpoint, beside torch."""
-    if spec.structure.compact:  # the bundled file decodes everything
-        return []
-    formats = {t.quant_format.format for t in spec.stored() if t.quant_format is not None}
-    notes = []
-    if formats:
-        notes.append(f"transformers needs a package to load its codes: {INSTALL}")
-    if narrow := sorted(formats & set(FIXED_GROUPS)):
+    if spec.structure.compact:
+        return ["its own modelling file decodes it: load it with trust_remote_code=True"]
+    notes = [f"transformers needs a package to load its codes: {INSTALL}"] if codes(spec) else []
+    if narrow := narrow_codes(spec):
         notes.append(f'transformers computes with {" and ".join(narrow)} in bfloat16 alone: load it with dtype="auto"')
     return notes
 

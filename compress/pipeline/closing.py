@@ -7,18 +7,18 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from compress.checkpoint.open import open_checkpoint
-from compress.checkpoint.running import loading_notes
-from compress.checkpoint.sidecars import safe_file
-from compress.checkpoint.store import needs_code
 from compress.errors import CompressError, ReportError, one_line
-from compress.files import expanded, prepare, put, remove, sha256
+from compress.files import prepare, put, remove, sha256
+from compress.pipeline.card import base_name, card_of
 from compress.pipeline.contents import compare
 from compress.pipeline.fingerprint import versions
 from compress.pipeline.publish import publish, read_provenance
 
 if TYPE_CHECKING:
     from compress.pipeline.state import Run
+
+#: File name of the main picture beside the card.
+CARD_PICTURE = "compression.svg"
 
 
 def close(state: Run, report: dict[str, Any], identity: str) -> None:
@@ -30,7 +30,7 @@ def close(state: Run, report: dict[str, Any], identity: str) -> None:
     from compress import report as reports
 
     notes = report["notes"]
-    card = _made_or_noted(notes, "README.md", lambda: _card(state, report)) if report["published"] else None
+    beside = _beside(state, report) if report["published"] else {}
     files = _rendered(report, notes)
     files["report.json"] = (reports.to_json(report) + "\n").encode()
     folder, pending = state.folder.path, dict[Path, Path]()
@@ -38,7 +38,7 @@ def close(state: Run, report: dict[str, Any], identity: str) -> None:
         for name, data in files.items():
             pending[folder / name] = prepare(folder / name, data)
         if report["published"]:
-            table = _publish(state, report, identity, {} if card is None else {"README.md": card})
+            table = _publish(state, report, identity, beside)
         for name in ("report.json", *files):  # the report before what is made of it
             if (temp := pending.pop(folder / name, None)) is not None:
                 _try(state, f"{name} could not be put in place", put, temp, folder / name)
@@ -70,6 +70,25 @@ def _made_or_noted(notes: list[str], name: str, make: Callable[[], bytes]) -> by
     except Exception as error:
         notes.append(f"{name} could not be made and is left out: {type(error).__name__}: {one_line(error)}")
         return None
+
+
+def _beside(state: Run, report: dict[str, Any]) -> dict[str, bytes]:
+    """The card of the output and its picture: contents by file name."""
+    from compress import report as reports
+
+    notes = report["notes"]
+    picture = _made_or_noted(notes, CARD_PICTURE, lambda: reports.render_main_picture(report).encode())
+    shown = None if picture is None else CARD_PICTURE
+
+    def card(*, original: bool) -> bytes:
+        return card_of(state, report, shown, original=original).encode()
+
+    def made() -> bytes:
+        text = _made_or_noted(notes, "the base model's README.md", lambda: card(original=True))
+        return text if text is not None else card(original=False)
+
+    files = {CARD_PICTURE: picture, "README.md": _made_or_noted(notes, "README.md", made)}
+    return {name: data for name, data in files.items() if data is not None}
 
 
 def _rendered(report: Mapping[str, Any], notes: list[str]) -> dict[str, bytes]:
@@ -139,60 +158,9 @@ def _provenance(state: Run, report: Mapping[str, Any], identity: str) -> dict[st
     """The contents of ``compress.json``: the origin of a checkpoint. The same recipe gives the same text."""
     rows = report["stages"]
     return {
-        "base_model": _base_name(state.recipe.model),
+        "base_model": base_name(state.recipe.model),
         "passes": [{"name": p["name"], "settings": p["settings"]} for row in rows for p in row["passes"]],
         "recipe": identity,
         "content": rows[-1]["content"],
         "versions": versions(),
     }
-
-
-def _base_name(model: str) -> str:
-    """A hub id as it is; the last name of a local folder."""
-    path = expanded(model)
-    return path.resolve().name if path.exists() else model
-
-
-def _last_names(paths: Any) -> Any:
-    """A path or paths; absolute ones are cut to their last names."""
-    if isinstance(paths, str):
-        return Path(paths).name if Path(paths).is_absolute() else paths
-    return [_last_names(path) for path in paths]
-
-
-def _card(state: Run, report: dict[str, Any]) -> bytes:
-    """README.md of the result; where the base model's own text cannot be carried over, without it and with a note."""
-    from compress import report as reports
-    from compress.recipe import to_yaml
-
-    assert state.original.folder is not None
-    spec = open_checkpoint(report["stages"][-1]["folder"], trust_remote_code=True).spec
-    recipe = {k: v for k, v in report["recipe"]["resolved"].items() if k not in ("model", "output")}
-    recipe["data"] = {
-        key: {
-            **section,
-            **{k: _last_names(section[k]) for k in ("files", "images") if k in section},
-        }
-        for key, section in recipe["data"].items()
-    }
-    name = _base_name(state.recipe.model)
-
-    def card(original: str | None) -> bytes:
-        return reports.model_card(
-            report,
-            original,
-            compact=needs_code(spec),
-            loading=loading_notes(spec),
-            class_name=spec.structure.class_name,
-            base_model=name,
-            recipe_yaml=to_yaml({"model": name, "output": state.output.name, **recipe}),
-        ).encode()
-
-    made = _made_or_noted(report["notes"], "the base model's README.md", lambda: card(_readme(state.original.folder)))
-    return made if made is not None else card(None)
-
-
-def _readme(folder: Path | None) -> str | None:
-    assert folder is not None
-    path = safe_file(folder, "README.md")
-    return path.read_text(encoding="utf-8", errors="replace") if path.is_file() else None

@@ -5,7 +5,8 @@
 
 from __future__ import annotations
 
-from compress.report.card import model_card
+from compress.report.brief import brief
+from compress.report.card import Base, Loading, model_card
 from compress.report.document import check_statistics, judged, load, report_schema, save, to_json, validate
 from compress.report.html import render_html
 from compress.report.junit import render_junit
@@ -13,7 +14,10 @@ from compress.report.markdown import append_step_summary, render_markdown
 from compress.report.pictures import render_main_picture, render_pictures
 
 __all__ = [
+    "Base",
+    "Loading",
     "append_step_summary",
+    "brief",
     "check_statistics",
     "judged",
     "load",

@@ -7,12 +7,10 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from compress import passes
-from compress.errors import CompressError
 from compress.evaluation import metrics
 from compress.evaluation.metrics.base import Metric
 from compress.formatting import fixed, format_bytes, ratio, ratio_of, seconds_text, signed, signed_percent, significant
-from compress.settings import defaults
+from compress.report.brief import changed
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,7 +79,8 @@ def before_after(report: Mapping[str, Any]) -> list[Row]:
     if None not in cache:
         rows.append(Row("KV cache per token", format_bytes(cache[0]), format_bytes(cache[1]), ratio_of(*cache)))
     loaded = (a["load_bytes"], b["load_bytes"])
-    rows.append(Row("weights in memory", format_bytes(loaded[0]), format_bytes(loaded[1]), ratio_of(*loaded)))
+    decoded = ", decoded when loaded" if loaded[1] > 1.02 * b["bytes"] else ""
+    rows.append(Row("weights in memory", *map(format_bytes, loaded), ratio_of(*loaded) + decoded))
     return rows + _quality(first["evaluation"], last["evaluation"]) + _speed(first["latency"], last["latency"])
 
 
@@ -225,21 +224,8 @@ def losses_file(report: Mapping[str, Any], row: Mapping[str, Any]) -> str:
 
 def changed_settings(name: str, settings: Mapping[str, Any]) -> str:
     """Settings that differ from the defaults of the pass, as ``layers: 1, …``."""
-    try:
-        usual = defaults(passes.get(name).settings, settings)
-    except (CompressError, ImportError):  # a plug-in that is not installed here
-        usual = {}
-    # a switch without a default was chosen by the recipe's other settings
-    unset = {k for k, v in settings.items() if v in (None, [], {}) or (isinstance(v, bool) and usual.get(k) is None)}
-    shown = {k: v for k, v in settings.items() if k not in unset and v != usual.get(k)}
-    return ", ".join(f"{k}: {v if isinstance(v, str) else json.dumps(_without_none(v))}" for k, v in shown.items())
-
-
-def _without_none(value: Any) -> Any:
-    """The value without keys that are None."""
-    if isinstance(value, Mapping):
-        return {k: _without_none(v) for k, v in value.items() if v is not None}
-    return [_without_none(v) for v in value] if isinstance(value, list) else value
+    shown = changed(name, settings)
+    return ", ".join(f"{k}: {v if isinstance(v, str) else json.dumps(v)}" for k, v in shown.items())
 
 
 def bar(step: Step, width: int) -> str:

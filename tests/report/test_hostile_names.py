@@ -14,7 +14,8 @@ from compress.report.card import _split
 
 
 def card(report, original=None, **changes):
-    given = {"compact": True, "base_model": "tiny", "recipe_yaml": "model: tiny\n", "class_name": "LlamaForCausalLM"}
+    loading = reports.Loading("LlamaForCausalLM", compact=True)
+    given = {"base": reports.Base("o/tiny", True), "loading": loading, "recipe_yaml": "model: tiny\n"}
     return reports.model_card(report, original, **{**given, **changes})
 
 
@@ -29,7 +30,7 @@ FRONTS = [
 def test_card_survives_any_front_matter(front, finished):
     text = card(finished.report, f"---\n{front}\nlicense: mit\n---\n# Theirs\n")
     found, body = _split(text)
-    assert found["base_model"] == "tiny"
+    assert found["base_model"] == "o/tiny"
     assert "compressed" in found["tags"]
     assert all(isinstance(tag, str) for tag in found["tags"])
     assert "### Theirs" in body
@@ -40,14 +41,14 @@ def test_card_escapes_hostile_names(finished):
     output = 'x/o"); import os; ("\n<script>'
     text = card(
         {**finished.report, "output": output},
-        base_model="<img src=x onerror=y>",
+        base=reports.Base("<img src=x onerror=y>", False),
         recipe_yaml="a: |\n  ```\n  # not a heading\n",
     )
     code = re.search(r"```python\n(.*?)\n```", text, re.DOTALL)[1]
     call = ast.parse(code).body[-1].value
     assert call.args[0].value == output.partition("/")[2]
     assert len(ast.parse(code).body) == 2
-    assert "<script>" not in text.replace(code, "")
+    assert "<script>" not in _split(text)[1].replace(code, "")
     assert "`<img src=x onerror=y>`" in text  # a code span shows it
     assert "````yaml\na: |\n  ```\n  # not a heading\n````" in text
 

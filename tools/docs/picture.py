@@ -38,7 +38,7 @@ ABOUT = {
     "spec": "tensors and formats, as headers tell",
 }
 #: Floors that are small helpers share one line.
-GROUND = ("distributed", "memory", "progress", "tabular", "settings", "files", "errors", "escape")
+GROUND = ("distributed", "memory", "progress", "tabular", "settings", "formatting", "files", "errors", "escape")
 
 STEPS = [
     ("recipe.yaml", "a model and\na list of passes"),

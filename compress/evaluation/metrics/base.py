@@ -119,6 +119,10 @@ class Metric(ABC):
         """A level as text."""
         return percent(value) if self.decimals is None else fixed(value, self.decimals)
 
+    def rounded(self, value: float) -> float:
+        """A finite level with the digits of its text."""
+        return float(fixed(value, 4 if self.decimals is None else self.decimals).replace(",", ""))
+
     def cost(self, before: float, after: float) -> float:
         """How much worse ``after`` is: the increase, or the drop in points."""
         return (after - before if self.lower else -100 * (after - before)) + 0.0

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from compress.escape import printable
 from compress.formatting import fixed
 from compress.report import figures
+from compress.report.brief import brief
 from compress.report.details import Section, sections
 from compress.report.html.heat import HeatMap, heat_maps, heat_rules, removal_losses
 from compress.report.lengths import HEAD, length_cells, length_notes
@@ -83,7 +84,8 @@ def render_html(report: Mapping[str, Any]) -> str:
         planned=Cells(("pass", "planned", "written", ""), list(planned_rows(report)), right=(1, 2)),
         notes=notes(report),
         data=_data(report),
-        recipe=to_yaml(report["recipe"]["resolved"]),
+        recipe=to_yaml(brief(report["recipe"]["resolved"])),
+        resolved=to_yaml(report["recipe"]["resolved"]),
         style=_style(charts=bool(script)),
         script=script,
         script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),

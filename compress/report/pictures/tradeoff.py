@@ -17,8 +17,8 @@ _ROW, _MARGIN = 62, 12
 
 def main_picture(report: Mapping[str, Any]) -> Picture:
     """Size against quality, where quality was measured, above the waterfall of passes."""
-    title = f"{report['original']['checkpoint']} ▶ {report['output']}"
-    return stacked(title, filter(None, (size_and_quality(report), waterfall(report))))
+    parts = filter(None, (size_and_quality(report), waterfall(report)))
+    return stacked("size against quality, and bytes saved by each pass", parts)
 
 
 def size_and_quality(report: Mapping[str, Any]) -> Picture | None:
