@@ -80,7 +80,7 @@ def before_after(report: Mapping[str, Any]) -> list[Row]:
         rows.append(Row("KV cache per token", format_bytes(cache[0]), format_bytes(cache[1]), ratio_of(*cache)))
     loaded = (a["load_bytes"], b["load_bytes"])
     decoded = ", decoded when loaded" if loaded[1] > 1.02 * b["bytes"] else ""
-    rows.append(Row("weights in memory", *map(format_bytes, loaded), ratio_of(*loaded) + decoded))
+    rows.append(Row("weights in memory", format_bytes(loaded[0]), format_bytes(loaded[1]), ratio_of(*loaded) + decoded))
     return rows + _quality(first["evaluation"], last["evaluation"]) + _speed(first["latency"], last["latency"])
 
 
