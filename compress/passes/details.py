@@ -151,5 +151,18 @@ class PassDetails(_CachedDetails, total=False):
 
 #: Keys that reports show in a section of their own; others are listed on one line.
 SECTIONS = frozenset(
-    {"blocks", "experts", "formats", "curve", "shapes", "sharing", "training", "widths", "windows", "latent"}
+    {
+        "blocks",
+        "experts",
+        "formats",
+        "curve",
+        "shapes",
+        "sharing",
+        "training",
+        "widths",
+        "windows",
+        "latent",
+        "loss_without_block",
+        "samples_without_block",
+    }
 )

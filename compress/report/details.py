@@ -61,8 +61,30 @@ def sections(row: Mapping[str, Any], picture: str) -> list[Section]:
         made.append(Section(in_one_line(f"`{name}`: {_details(others)}")))
     if "training" in details:
         made.append(_training(details["training"], name, picture))
-    made += [*_formats(name, details), *_shapes(name, details), *_sharing(name, details), *_windows(name, details)]
+    made += [*_removals(name, details), *_formats(name, details), *_shapes(name, details), *_sharing(name, details)]
+    made += _windows(name, details)
     return [*made, *_latent(name, details), *_experts(name, details), *_blocks(name, details)]
+
+
+def _removals(name: str, details: PassDetails) -> list[Section]:
+    """Divergence without each block, in each round of removals."""
+    rounds = details.get("loss_without_block") or []
+    if not rounds or not rounds[0]:
+        return []
+    samples, removed = details.get("samples_without_block") or [{}] * len(rounds), details.get("removed_blocks", [])
+    head = ("block", *("divergence" if not gone else f"after {gone} removed" for gone in range(len(rounds))), "")
+    rows = []
+    for block in rounds[0]:
+        cells = [_loss(losses.get(block), of.get(block)) for losses, of in zip(rounds, samples, strict=False)]
+        rows.append((block, *cells, "removed" if int(block) in removed else ""))
+    text = "Divergence from the original without each block, nats per token; in brackets the calibration samples it is from."
+    return [Section(f"`{name}`, depth. {text}", head, rows, right=range(len(head) - 1))]
+
+
+def _loss(loss: float | None, samples: int | None) -> str:
+    if loss is None:
+        return ""
+    return fixed(loss, 4) + ("" if samples is None else f" ({samples})")
 
 
 def _formats(name: str, details: PassDetails) -> list[Section]:

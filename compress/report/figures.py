@@ -93,20 +93,32 @@ _VERDICTS = {
 
 
 def verdict_text(report: Mapping[str, Any]) -> str:
-    """Bytes before and after, and the verdict of the gates, in one line."""
-    before, after = (format_bytes(report[side]["size"]["bytes"]) for side in ("original", "result"))
+    """Bytes before and after, the change of the headline metric, and the verdict of the gates, in one line."""
+    sizes = [report[side]["size"]["bytes"] for side in ("original", "result")]
+    before, after = map(format_bytes, sizes)
+    quality = "".join(f", {_changed(row)}" for row in _headline_quality(report))
     verdict = _VERDICTS[report["status"]]
     if report["status"] == "inconclusive" and not report["gates"]:
         verdict = "a training did NOT HELP"
-    return f"{before} ▶ {after}, {verdict}" + ("" if report["published"] else "; not published")
+    change = f" ({ratio_of(*sizes)})" if sizes[0] else ""
+    return f"{before} ▶ {after}{change}{quality}; {verdict}" + ("" if report["published"] else ", not published")
+
+
+def _changed(row: Row) -> str:
+    """Name and change of a quality, or its value where the change is a unit."""
+    return f"{row.name} {row.change}" if row.change[:1] in ("+", "-") else f"{row.name} {row.after}"
+
+
+def _headline_quality(report: Mapping[str, Any]) -> list[Row]:
+    """The first row of the qualities, if any was measured."""
+    return _quality(report["original"]["evaluation"], report["result"]["evaluation"])[:1]
 
 
 def headline_rows(report: Mapping[str, Any]) -> list[Row]:
     """The few rows of `before_after` that tell a run in short: size, parameters, quality, speed."""
     rows = before_after(report)
-    quality = _quality(report["original"]["evaluation"], report["result"]["evaluation"])[:1]
     kept = next((row for row in rows if row.name == "parameters kept"), rows[1])
-    return [rows[0], kept, *quality, *(row for row in rows if row.timed)]
+    return [rows[0], kept, *_headline_quality(report), *(row for row in rows if row.timed)]
 
 
 def worst_documents(report: Mapping[str, Any], count: int) -> list[tuple[str, ...]]:
@@ -187,7 +199,7 @@ def waterfall(report: Mapping[str, Any]) -> list[Step]:
     """The original, then every pass in order."""
     start = report["original"]["size"]["bytes"]
     evaluation, shown = report["original"]["evaluation"], headline(report)
-    last = evaluation[shown.name] if evaluation else None
+    last = None if evaluation is None else shown.perfect if shown.compares else evaluation[shown.name]
     steps = [Step("original", "", start, 0, 1.0, last, None, None, None, None, False)]
     for stage in report["stages"]:
         for row in stage["passes"]:

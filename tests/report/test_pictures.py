@@ -64,6 +64,15 @@ def test_best_held_out_loss_is_named():
     assert section.rows[1] == ["20", "1.2500", "1.2000"]
 
 
+def test_depth_is_a_table_with_the_losses_of_each_round():
+    details = {
+        "loss_without_block": [{"0": 5.2, "1": 0.25}, {"0": 6.0}], "samples_without_block": [{"0": 4, "1": 8}, {"0": 4}],
+        "removed_blocks": [1],
+    }  # fmt: skip
+    (section,) = sections({"name": "prune_structured", "details": {**details, "removed_blocks": [1]}}, "")[1:]
+    assert section.rows == [("0", "5.2000 (4)", "6.0000 (4)", ""), ("1", "0.2500 (8)", "", "removed")]
+
+
 def test_main_picture_has_a_point_per_measured_step_and_a_bar_per_step(finished):
     root = ElementTree.fromstring(reports.render_main_picture(finished.report))
     assert [len(line) for line in points(root)] == [2]  # one measurement of a fused stage

@@ -13,6 +13,7 @@ from compress import report as reports
 from compress.errors import ReportError
 from compress.report import figures
 from compress.report.detail_rows import shape_rows
+from compress.report.layout import table
 
 
 def test_report_fits_its_schema_and_reads_back(finished, tmp_path):
@@ -77,7 +78,12 @@ def test_waterfall_adds_up(finished):
 def test_junit_follows_the_schema_of_ci_systems(finished):
     root = ElementTree.fromstring(reports.render_junit(finished.report))
     (suite,) = root
-    assert suite.attrib["tests"] == "2"
+    assert suite.attrib["tests"] == root.attrib["tests"] == "2"
+    assert float(suite.attrib["time"]) == pytest.approx(finished.report["seconds"], abs=1e-3)
+    assert finished.report["started"].startswith(suite.attrib["timestamp"])
+    assert "file" not in suite.attrib  # the recipe was made in Python
+    named = reports.render_junit({**finished.report, "recipe": {"path": "r.yaml"}})
+    assert [e.attrib["file"] for e in ElementTree.fromstring(named).iter("testcase")] == ["r.yaml"] * 2
     verdicts = {g["gate"]: g["verdict"] for g in finished.report["gates"]}
     assert len(suite.findall("testcase")) == 2
     for case in suite.findall("testcase"):
@@ -150,3 +156,35 @@ def test_loss_by_position_is_in_every_rendering(finished, capsys):
     printed = capsys.readouterr().out
     assert "loss by position" in printed
     assert "16 to 31" in printed
+
+
+def test_tables_leave_out_empty_columns():
+    assert table(("a", "b", "c"), [("1", "", "3"), ("4", "", "")], right=(1, 2)) == [
+        "| a | c |",
+        "| --- | --: |",
+        "| 1 | 3 |",
+        "| 4 |  |",
+    ]
+    assert table(("a", "b"), []) == ["| a | b |", "| --- | --- |"]
+
+
+def test_cost_of_a_metric_that_compares_is_from_the_original_itself(finished):
+    stage = {
+        **finished.report["stages"][-1],
+        "evaluation": {**finished.report["stages"][-1]["evaluation"], "bits_per_byte": None},
+    }
+    original = {**finished.report["original"]["evaluation"], "bits_per_byte": None, "perplexity": None}
+    report = {**finished.report, "original": {**finished.report["original"], "evaluation": original}, "stages": [stage]}
+    first, *_, last = figures.waterfall(report)
+    assert figures.headline(report).compares
+    assert (first.quality, last.cost) == (0.0, last.quality)
+
+
+def test_run_begins_and_ends_with_its_verdict(finished, capsys):
+    from compress.cli.tables import print_report
+
+    print_report(finished.report)
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[1] == figures.verdict_text(finished.report)
+    assert "bits per byte" in lines[1]
+    assert lines[-1] == f"gates: {finished.report['status']}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -48,6 +49,7 @@ def gate(
     from compress.cli import tables
     from compress.pipeline.gate import gate as judge
 
+    clock = time.perf_counter()
     judgement = judge(
         code.place(subject),
         baseline=None if baseline is None else code.place(baseline),
@@ -59,7 +61,15 @@ def gate(
         progress=progress(quiet),
     )
     if junit is not None:
-        text = reports.render_junit({"gates": judgement.gates, "status": judgement.status, "output": subject})
+        text = reports.render_junit(
+            {
+                "gates": judgement.gates,
+                "status": judgement.status,
+                "output": subject,
+                "seconds": time.perf_counter() - clock,
+                "recipe": {"path": recipe},
+            }
+        )
         junit.write_text(text, encoding="utf-8")
     if json:
         print_json(judgement.to_dict())

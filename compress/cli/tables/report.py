@@ -17,6 +17,7 @@ def print_report(report: Mapping[str, Any]) -> None:
 
     console = make_console()
     print_line(console, f"{report['original']['checkpoint']} ▶ {report['output']}", "bold", whole=True)
+    print_line(console, figures.verdict_text(report), STYLES.get(report["status"], ""), whole=True)
     print_table(
         console,
         None,
@@ -47,7 +48,7 @@ def print_report(report: Mapping[str, Any]) -> None:
         head.remove("settings")
     print_table(console, None, head, [row if measured else row[:-2] for row in rows])
     if report["gates"]:
-        print_gates(report["gates"], report["status"], console)
+        _print_gates(report["gates"], console)
     if (note := figures.quality_note(report)) is not None:
         print_line(console, f"measured on {note}", "dim")
     for note in filter(None, [figures.speed_note(report), *cold_experts(report), *report["notes"]]):
@@ -55,6 +56,7 @@ def print_report(report: Mapping[str, Any]) -> None:
     print_line(console, f"report: {report['run_folder']}/report.html (and .md, .json)", "dim", whole=True)
     if report["published"]:
         print_line(console, f"output: {report['output']}", whole=True)
+    _print_verdict(report["gates"], report["status"], console)
 
 
 def _print_lengths(console: Any, original: Mapping[str, Any], result: Mapping[str, Any]) -> None:
@@ -80,17 +82,25 @@ def _print_positions(console: Any, result: Mapping[str, Any]) -> None:
         print_table(console, "loss by position", columns, [[row[i] for i in shown] for row in rows])
 
 
-def print_gates(gates: Sequence[Mapping[str, Any]], status: str, console: Any = None) -> None:
+def print_gates(gates: Sequence[Mapping[str, Any]], status: str) -> None:
     """Print a row per gate, then the verdict."""
-    console = console or make_console()
+    console = make_console()
+    _print_gates(gates, console)
+    _print_verdict(gates, status, console)
+
+
+def _print_gates(gates: Sequence[Mapping[str, Any]], console: Any) -> None:
     rows = [
         (Styled(g["verdict"].upper() if g["verdict"] != "pass" else "pass", STYLES[g["verdict"]]), g["gate"], g["text"])
         for g in gates
     ]
     if rows:
         print_table(console, None, [("gate", "whole"), ("", "whole"), ""], rows)
-    line = f"gates: {status}" if rows else f"no gates, and a training that did not help: {status}"
-    print_line(console, line, STYLES.get(status, ""))
+
+
+def _print_verdict(gates: Sequence[Mapping[str, Any]], status: str, console: Any) -> None:
+    idle = "" if status == "no gates" else f"no gates, and a training that did not help: {status}"
+    print_line(console, f"gates: {status}" if gates else idle or status, STYLES.get(status, ""))
 
 
 def print_evaluation(document: Mapping[str, Any]) -> None:

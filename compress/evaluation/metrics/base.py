@@ -115,6 +115,11 @@ class Metric(ABC):
         """The evaluation at one place alone, such as a distance. Raises `ReportError` if it was not measured there."""
         raise ReportError(f"{self.name} is not measured at a place")
 
+    @property
+    def perfect(self) -> float:
+        """The original's own level, of a metric that compares with the original."""
+        return 0.0 if self.lower else 1.0
+
     def text(self, value: float) -> str:
         """A level as text."""
         return percent(value) if self.decimals is None else fixed(value, self.decimals)

@@ -17,6 +17,7 @@ from compress.report import figures
 from compress.report.brief import brief
 from compress.report.details import Section, sections
 from compress.report.html.heat import HeatMap, heat_maps, heat_rules, removal_losses
+from compress.report.layout import filled
 from compress.report.lengths import HEAD, length_cells, length_notes
 from compress.report.markdown import notes, planned_rows, waterfall_cells, waterfall_head
 from compress.report.pictures.blocks import block_bars
@@ -99,6 +100,7 @@ def _template() -> Template:
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     environment.finalize = _shown
     environment.filters["inline"] = _inline
+    environment.filters["filled"] = lambda it: Cells(*filled(it.head, it.rows, it.right))
     return environment.from_string(_read("template.html"))
 
 
@@ -172,7 +174,7 @@ def _before_after(report: Mapping[str, Any]) -> list[Sequence[str]]:
 def _bars(report: Mapping[str, Any]) -> Iterator[Figure]:
     for row in _rows(report):
         removed = {str(block) for block in row["details"].get("removed_blocks", ())}
-        title = f"loss without each block; removed: {', '.join(sorted(removed, key=int)) or 'none'}"
+        title = f"divergence without each block; removed: {', '.join(sorted(removed, key=int)) or 'none'}"
         picture = block_bars(title, removal_losses(row["details"]), removed, lambda loss: fixed(loss, 4))
         if picture is not None:
             yield _figure(picture)
