@@ -6,9 +6,11 @@ disk, 70 a bug, 130 interrupted. A message is one line: where, what is wrong, wh
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import re
+from collections.abc import Iterator
 
 from compress.escape import in_one_line
 
@@ -43,6 +45,16 @@ class CompressError(Exception):
         return in_one_line(f"{text}; {self.fix}" if self.fix else text)
 
 
+@contextlib.contextmanager
+def located(where: str) -> Iterator[None]:
+    """Within, an error that names no place gets this one."""
+    try:
+        yield
+    except CompressError as error:
+        error.where = error.where or where
+        raise
+
+
 class RecipeError(CompressError):
     """One or more mistakes in a recipe.
 
@@ -60,7 +72,7 @@ class RecipeError(CompressError):
 
     def __str__(self) -> str:
         left = [f"… and {self.count - len(self.problems)} more"] if self.count > len(self.problems) else []
-        return "\n".join([*self.problems, *left, self.what])
+        return "\n".join([*self.problems, *left, *([self.what] if self.count > 1 else [])])
 
 
 class CheckpointError(CompressError):

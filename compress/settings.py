@@ -87,9 +87,10 @@ def parse_share(value: Any) -> float:
 
 def parse_amount(value: Any) -> float | int:
     """Parse a share (``25%``, ``0.25``) into a float, or a count (``2``) into an int."""
-    if isinstance(value, int) and not isinstance(value, bool):
-        if value >= 1:
-            return value
+    whole = isinstance(value, int) and not isinstance(value, bool)
+    if whole and value >= 1:
+        return int(value)
+    if whole or (isinstance(value, float) and value >= 1):
         raise expected("a share such as 25% or 0.25, or a count from 1 up", value)
     return parse_share(value)
 
@@ -126,6 +127,14 @@ def parse_ratio(value: Any) -> float:
     return number
 
 
+def parse_size_ratio(value: Any) -> float:
+    """Parse ``0.4`` or ``40%`` into a float above 0 and up to 2: no pass more than doubles a checkpoint."""
+    number = _number(value)
+    if number is None or not 0 < number <= 2:
+        raise expected("a ratio above 0 and up to 2, such as 0.4 or 40%", value)
+    return number
+
+
 def parse_level(value: Any) -> float:
     """Parse ``0.95`` or ``95%`` into a float from 0 to 1."""
     number = _number(value)
@@ -152,6 +161,9 @@ Amount = Annotated[
 ]
 Ratio = Annotated[
     float, BeforeValidator(parse_ratio), WithJsonSchema({"type": ["number", "string"], "examples": [0.4, "40%"]})
+]
+SizeRatio = Annotated[
+    float, BeforeValidator(parse_size_ratio), WithJsonSchema({"type": ["number", "string"], "examples": [0.4, "40%"]})
 ]
 Level = Annotated[
     float, BeforeValidator(parse_level), WithJsonSchema({"type": ["number", "string"], "examples": [0.95, "95%"]})

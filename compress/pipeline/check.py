@@ -45,7 +45,8 @@ class CheckResult(Shown):
 
     def lines(self, name: str) -> list[str]:
         """The result as lines of text, the first of which begins with the recipe's name."""
-        hint = "" if self.local else " (its model is not a local folder: passes were not checked against it)"
+        model = self.recipe.model
+        hint = "" if self.local else f" (no folder {model} here: read as a hub id, passes were not checked against it)"
         return [f"{name}: no mistakes found{hint}", *self.notes]
 
     def headline(self) -> str:

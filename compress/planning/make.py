@@ -11,11 +11,12 @@ from compress.architectures.unforeseen import refused
 from compress.checkpoint.edits import EDIT_KINDS, first_without_twin
 from compress.checkpoint.storage.compressed_tensors.loaders import stock_holds
 from compress.checkpoint.store import Store, needs_code, with_storage
-from compress.errors import PassError
+from compress.errors import PassError, located
 from compress.evaluation.tasks import check_images, check_metrics, check_sounds, check_speed, task_of
 from compress.passes.base import EDITS, accepted_values, chosen_by_effort
 from compress.planning.plan import Plan, PlannedPass, PlannedStage
 from compress.planning.sizes import opened_size, planned_size, size_in_other
+from compress.recipe.gates import metric_of
 from compress.recipe.sizes import cache_lengths, data_sizes
 from compress.recipe.work import work_beside
 from compress.spec.spec import Edit, Spec
@@ -31,8 +32,15 @@ RUNTIME_BYTES = 450 * 10**6
 
 def _check_evaluation(recipe: Recipe, spec: Spec) -> None:
     """Raises `CompressError` where a metric does not fit the model, or no class builds a model that is evaluated."""
-    evaluation = recipe.data.evaluation
-    check_metrics(spec.structure.class_name, recipe.metrics, given=None if evaluation is None else evaluation.given)
+    evaluation, name = recipe.data.evaluation, spec.structure.class_name
+    places = {f"gates.{gate}": metric for gate in recipe.gates.given() if (metric := metric_of(gate))}
+    places |= {f"evaluate.{i}": entry.name for i, entry in enumerate(recipe.evaluate or ())}
+    for where, metric in places.items():
+        with located(where):
+            check_metrics(name, [metric], given=None)
+    if evaluation is not None:
+        with located("data.evaluation"):
+            check_metrics(name, recipe.metrics, given=evaluation.given)
     check_speed(spec.structure.class_name, spec.structure.config, recipe.metrics)
     if evaluation is not None and recipe.metrics:
         model_map(spec).require_class("leave out `data.evaluation`, or set `evaluate: []`")

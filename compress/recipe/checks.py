@@ -6,7 +6,7 @@ import contextlib
 import difflib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from pydantic import ValidationError
 from pydantic_core import PydanticCustomError
@@ -50,7 +50,7 @@ def lacking_data(root: MapNode, values: dict[str, Any]) -> Iterator[Problem]:
             yield Problem(
                 f"{entry.name} needs {name} text, and there is no `data.{name}`",
                 *_at_pass(root, index),
-                _data_hint(name),
+                _data_hint(name, entry),
             )
     lacking, hint = "needs evaluation text, and there is no `data.evaluation`", _data_hint("evaluation")
     possible: frozenset[str] = frozenset()
@@ -136,8 +136,20 @@ def _at_pass(root: MapNode, index: int) -> tuple[Any, tuple[str | int, ...]]:
     return find_place(root, path, key=True), path
 
 
-def _data_hint(name: str) -> str:
-    return f"add to data: `{name}: {{files: [FILE]}}`"
+def _data_hint(name: str, entry: PassEntry | None = None) -> str:
+    hint = f"add to data: `{name}: {{files: [FILE]}}`, or `{name}: default`"
+    dataless = None if entry is None else _dataless(entry)
+    return hint if dataless is None else f"{hint}; `method: {dataless}` reads none"
+
+
+def _dataless(entry: PassEntry) -> str | None:
+    """A method of the pass that reads no data with the other settings as they are; None without such."""
+    field = type(entry.settings).model_fields.get("method")
+    instance = passes.get(entry.name)
+    methods = get_args(field.annotation) if field is not None else ()
+    return next(
+        (m for m in methods if not instance.required_data(entry.settings.model_copy(update={"method": m}))), None
+    )
 
 
 def missing_files(root: MapNode) -> Iterator[Problem]:

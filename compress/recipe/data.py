@@ -265,6 +265,18 @@ class EvaluationSection(TextFiles):
         "layers are emulated in either case.",
     )
 
+    @model_validator(mode="before")
+    @classmethod
+    def _plain_text(cls, values: Any) -> Any:
+        """`text` without `label` names the column of plain text, as `field` does, and as it does in calibration data."""
+        alone = isinstance(values, dict) and isinstance(values.get("text"), str) and values.get("label") is None
+        if not alone or values.get("field", FIELD) != FIELD:
+            return values
+        return {
+            "field": values["text"],
+            **{key: value for key, value in values.items() if key not in ("text", "field")},
+        }
+
     @model_validator(mode="after")
     def _labelled(self) -> Self:
         if self.label is None:

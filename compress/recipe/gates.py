@@ -10,7 +10,7 @@ from pydantic_core import core_schema
 
 from compress.evaluation import metrics
 from compress.evaluation.positions import is_edge
-from compress.settings import AllowedIncrease, ByteSize, Level, Ratio, Settings
+from compress.settings import AllowedIncrease, ByteSize, Level, Ratio, Settings, SizeRatio
 
 METRICS: tuple[str, ...] = (*metrics.table(), "latency", "memory")
 #: Gates whose metric has another name, and gates that need no metric.
@@ -67,14 +67,14 @@ class SizeGate(Gate):
     """Bounds on the bytes of all weight files."""
 
     max: ByteSize | None = Field(default=None, description="Largest number of bytes, such as 500MB.")
-    max_ratio: Ratio | None = Field(default=None, description="Largest ratio to the original, such as 0.4 or 40%.")
+    max_ratio: SizeRatio | None = Field(default=None, description="Largest ratio to the original, such as 0.4 or 40%.")
 
 
 class ParametersGate(Gate):
     """Bounds on the number of parameters."""
 
     max: int | None = Field(default=None, ge=1, description="Largest number of parameters.")
-    max_ratio: Ratio | None = Field(default=None, description="Largest ratio to the original, such as 0.4 or 40%.")
+    max_ratio: SizeRatio | None = Field(default=None, description="Largest ratio to the original, such as 0.4 or 40%.")
 
 
 class PositionGate(Gate):

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from compress.errors import CompressError, PassError, RecipeError
-from compress.recipe.problems import locate
+from compress.errors import EXIT_BAD_INPUT, CompressError, PassError, RecipeError
+from compress.recipe.problems import find_place, locate
 
 if TYPE_CHECKING:
     from compress.recipe.model import Recipe
 
 
+_LISTS = ("passes", "evaluate")
+
+
 class Located:
-    """Context in which an error of a pass or a metric is reported at the line of the recipe that caused it."""
+    """Context in which an error of a key, pass or metric is reported at the line of the recipe that caused it."""
 
     def __init__(self, recipe: Recipe) -> None:
         self.recipe = recipe
@@ -21,18 +24,30 @@ class Located:
         pass
 
     def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
-        if not isinstance(error, CompressError) or not (error.where or "").startswith(("passes.", "evaluate.")):
+        if not isinstance(error, CompressError) or error.exit_status != EXIT_BAD_INPUT or not error.where:
             return
-        first, *rest = (error.where or "").split(".")
+        where, _, inside = error.where.partition(": ")
+        path = ("output",) if error.where == self.recipe.output else self._path(where)
+        if path is None:
+            return
+        in_file = self.recipe.source is not None and find_place(self.recipe.source.root, path) is not None
+        if path[0] not in _LISTS and not in_file:
+            return
+        if isinstance(error, PassError) and error.key:
+            path = (*path, error.key)
+        what = f"{inside or self.recipe.output}: {error.what}" if inside or path == ("output",) else error.what
+        raise RecipeError([locate(self.recipe.source, path, CompressError(what, fix=error.fix))]) from error
+
+    def _path(self, where: str) -> tuple[str | int, ...] | None:
+        """The keys that an error names; None where it names something else."""
+        first, *rest = where.split(".")
+        if first in ("data", "gates") and rest:
+            return (first, *rest)
+        if first not in ("passes", "evaluate") or not rest:
+            return None
         if not rest[0].isdigit():  # a metric by its name alone
             entries = [entry.name for entry in self.recipe.evaluate or ()]
             if rest[0] not in entries:
-                return
+                return None
             rest = [str(entries.index(rest[0])), *rest]
-        path: tuple[str | int, ...] = (first, int(rest[0]), *rest[1:])
-        if isinstance(error, PassError) and error.key:
-            path = (*path, error.key)
-        where, error.where = error.where, None
-        if text := locate(self.recipe.source, path, error):
-            raise RecipeError([text]) from error
-        error.where = where
+        return (first, int(rest[0]), *rest[1:])

@@ -22,12 +22,13 @@ from compress.recipe.problems import (
     child_of,
     dotted,
     find_place,
+    is_null,
     node_at,
     pass_name,
 )
 from compress.recipe.renamed import Renamed, spelled
 from compress.recipe.renamed import find as find_renamed
-from compress.recipe.suggest import choices, percentage, scheme, value_hint
+from compress.recipe.suggest import choices, meant_key, percentage, scheme, value_hint
 
 #: pydantic's error type ▶ what it expected. A type that is not here keeps pydantic's sentence.
 _EXPECTED = {
@@ -59,6 +60,14 @@ _EXPECTED = {
     "enum": "{expected}",
     "amount": "{expected}",
 }
+#: Sections that are mappings ▶ how they are written.
+_EXAMPLES = {
+    "gates": "write a mapping: `size: {max_ratio: 0.5}`",
+    "data": "write a mapping: `evaluation: {files: [FILE]}`",
+    "training": "write a mapping: `{files: [FILE]}`",
+    "calibration": "write a mapping, `{files: [FILE]}`, or `default`",
+    "evaluation": "write a mapping, `{files: [FILE]}`, or `default`",
+}
 #: Lists of entries that are a name, or a name with settings.
 _LISTS = ("passes", "evaluate")
 
@@ -66,6 +75,7 @@ _LISTS = ("passes", "evaluate")
 def translate(root: MapNode, errors: list[ErrorDetails]) -> Iterator[Problem]:
     """One problem per place. Errors of all members of a union at one value become one sentence."""
     groups: dict[tuple[str | int, ...], list[ErrorDetails]] = {}
+    meant = {key for error in errors if error["type"] == "extra_forbidden" for key in _meant(_path(root, error))}
     for error in errors:
         path = _path(root, error)
         if error["type"] == "default_factory_not_called":  # the setting that the default depends on is reported
@@ -79,7 +89,8 @@ def translate(root: MapNode, errors: list[ErrorDetails]) -> Iterator[Problem]:
         if error["type"] == "extra_forbidden":
             yield _unknown_key(root, path)
         elif error["type"] == "missing":
-            yield _missing_key(root, path)
+            if path not in meant:  # the unknown key is reported
+                yield _missing_key(root, path)
         else:
             groups.setdefault(path, []).append(error)
     for path, group in groups.items():
@@ -151,6 +162,13 @@ def _unknown_key(root: MapNode, path: tuple[str | int, ...]) -> Problem:
     answer = scheme(value) if section == "cast" and isinstance(value, str) else None
     names = list(_fields(owner)) + (["extends"] if not owner else [])
     return Problem(f"unknown key `{key}`{_owner(owner)}", place, path, answer or choices(key, names, section))
+
+
+def _meant(path: tuple[str | int, ...]) -> list[tuple[str | int, ...]]:
+    """Paths of the keys that an unknown key probably means."""
+    owner = path[:-1]
+    section = dotted(owner[2:] if owner and owner[0] in _LISTS else owner)
+    return [(*owner, key) for key in meant_key(str(path[-1]), list(_fields(owner)), section)]
 
 
 def _renamed(path: tuple[str | int, ...]) -> Renamed | None:
@@ -225,16 +243,27 @@ def _got(node: Node | None) -> str:
 
 
 def _value_hint(node: Node | None, path: tuple[str | int, ...], wanted: str, errors: list[ErrorDetails]) -> str | None:
+    if isinstance(node, MapNode) and wanted == "a list" and node.entries:
+        name, entry_ = next(iter(node.entries.items()))
+        return f"write a list: `- {name}`" if is_null(entry_.node) else f"write a list: `- {name}: {{…}}`"
+    if wanted == "a mapping" and path and (example := _EXAMPLES.get(str(path[0 if path[0] == "gates" else -1]))):
+        return _as_mapping(node, path) or example
     if not isinstance(node, Scalar) or node.value is None:
         return None
     if (entry := _renamed(path)) is not None and entry.knows(node.value):
         return f"`{node.value}` is called `{entry.value(node.value)}` now"
     kinds = {error["type"] for error in errors}
     key = _setting(path)
-    if kinds & {"literal_error", "enum"} or key == "device":
+    if kinds & {"literal_error", "enum"} or key in ("device", "pattern"):
         allowed = re.findall(r"'([^']*)'", " ".join(str(error.get("ctx", {}).get("expected")) for error in errors))
         return value_hint(key, node.value, allowed)
-    if "amount" in kinds and " share " in f" {wanted} " and (hint := percentage(node.value)) is not None:
+    counted = "a count" in wanted and not isinstance(node.value, int)
+    if (
+        "amount" in kinds
+        and " share " in f" {wanted} "
+        and not counted
+        and (hint := percentage(node.value)) is not None
+    ):
         return hint
     return _spelling_hint(node, wanted)
 
@@ -252,6 +281,17 @@ def _spelling_hint(node: Scalar, wanted: str) -> str | None:
     if wanted == "true or false" and node.value.lower() in ("yes", "no", "on", "off"):
         return f"write {'true' if node.value.lower() in ('yes', 'on') else 'false'}"
     return None
+
+
+def _as_mapping(node: Node | None, path: tuple[str | int, ...]) -> str | None:
+    """A gate that is a size alone, with the bound that it stands for; None for other values."""
+    if path[0] != "gates" or len(path) != 2 or not isinstance(node, Scalar):
+        return None
+    bounds = list(_fields(path))
+    if bounds[:1] == ["max"] and "max_ratio" in bounds and re.fullmatch(r"[0-9.]+ *[kMGT]i?B", node.text):
+        return f"write `{path[-1]}: {{max: {node.text}}}`"
+    ratio = next((bound for bound in ("max_ratio", "max_increase", "max_drop", "min") if bound in bounds), bounds[0])
+    return f"write `{path[-1]}: {{{ratio}: {node.text}}}`"
 
 
 def _setting(path: tuple[str | int, ...]) -> str:

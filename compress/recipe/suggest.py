@@ -46,7 +46,7 @@ SYNONYMS: Mapping[str, Mapping[str, tuple[str, ...]]] = {
         threads="num_threads",
         max_ram="max_memory",
         max_vram="max_gpu_memory",
-        passes="modifiers pipeline stages",
+        passes="modifiers pipeline stages steps",
         dtype="torch_dtype",
     ),
     "data": _table(training="train", calibration="calib calibrate", evaluation="eval valid validation test evaluate"),
@@ -129,12 +129,20 @@ _GGUF = re.compile(r"i?q([2-8])_[0-9a-z_]+", re.IGNORECASE)
 
 
 def choices(given: str, names: Sequence[str], section: str) -> str | None:
-    """A hint for an unknown key: the keys there are, and the one that was probably meant."""
+    """A hint for an unknown key: the one that was probably meant, and the keys there are if they are few or none is near."""
     if not names:
         return None
-    shown = ", ".join(names[:_KEYS_SHOWN]) + (", …" if len(names) > _KEYS_SHOWN else "")
-    meant = _meant(given, SYNONYMS.get(section, {}), names)
-    return f"expected one of: {shown}" + (f"; {_question(meant)}" if meant else "")
+    meant, expected = meant_key(given, names, section), f"expected one of: {', '.join(names)}"
+    if not meant:
+        return expected
+    if len(names) <= _KEYS_SHOWN:
+        return f"{expected}; {_question(meant)}"
+    return _question(meant) + (f" (all: `compress passes {section}`)" if section in passes.names() else "")
+
+
+def meant_key(given: str, names: Sequence[str], section: str) -> tuple[str, ...]:
+    """The keys of a section that an unknown one probably means, one or two; empty where none is near."""
+    return _meant(given, SYNONYMS.get(section, {}), names)
 
 
 def value_hint(key: str, given: Any, allowed: Sequence[str]) -> str | None:
@@ -151,6 +159,8 @@ def value_hint(key: str, given: Any, allowed: Sequence[str]) -> str | None:
         key = "weights"
         given = f"int{given}" if isinstance(given, int) and not isinstance(given, bool) else given
     word = str(given)
+    if key == "pattern" and (match := re.fullmatch(r"(\d+):(\d+)", word)) and int(match[1]) > int(match[2]) > 0:
+        return _question((f"{match[2]}:{match[1]}",))
     if key == "device" and (match := re.fullmatch(r"gpu(:\d+)", word, re.IGNORECASE)):
         return _question((f"cuda{match[1]}",))
     known = {w: m for w, m in VALUES.get(key, {}).items() if not allowed or {*m} <= {*allowed}}

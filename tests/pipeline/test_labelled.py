@@ -103,7 +103,9 @@ def test_plan_refuses_text_metrics_of_a_classifier(classifying, labelled, pico_l
     plain = {"evaluation": {"files": [str(file)], "field": "sentence"}}
     with pytest.raises(CompressError, match=r"text classification, which .* is for, takes labelled files"):
         compress.plan(classifying(data=plain))
-    with pytest.raises(CompressError, match=r"`bits_per_byte` does not measure text classification.*; its metrics are"):
+    with pytest.raises(
+        CompressError, match=r"`bits_per_byte` does not measure text classification.*\n   its metrics are"
+    ):
         compress.plan(classifying(data=plain, evaluate=["bits_per_byte"]))
     with pytest.raises(
         CompressError, match=r"causal language modelling, .* takes text without labels; leave out `label`"

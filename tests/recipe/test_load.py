@@ -134,7 +134,7 @@ def test_load_recipe_reads_labelled_texts(work: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "head"),
     [
-        (LABELLED.format("text: a"), "r.yaml:5:8: `text` goes with `label`; the column of plain text is `field`"),
+        (LABELLED.format("text: [a, b]"), "r.yaml:5:8: `text` goes with `label`; the column of plain text is `field`"),
         (LABELLED.format("text: a, label: a"), "r.yaml:5:8: `text` and `label` both name the column `a`"),
         (LABELLED.format("text: [a, a], label: b"), "r.yaml:5:45: `a` is named twice"),
         (LABELLED.format("text: [a, b, c], label: d"), "r.yaml:5:45: text: expected at most 2 entries, got a list"),
@@ -228,8 +228,7 @@ r.yaml:3:7: seed: expected an integer, got '7'
 r.yaml:4:1: unknown key `stroe`
     4 | stroe: compact
       | ^^^^^
-   expected one of: model, output, store, seed, device, dtype, max_ram, max_vram, threads, evaluate_at, \
-document_separator, max_shard_size, …; did you mean `store`?
+   did you mean `store`?
 r.yaml:6:25: text/tran.txt: there is no such file
     6 |   calibration: {files: [text/tran.txt], samples: 0}
       |                         ^^^^^^^^^^^^^
@@ -271,7 +270,7 @@ r.yaml:19:12: expected bits_per_byte, perplexity, accuracy, repetition, f1, simi
    19 | evaluate: [bpb, kl]
       |            ^^^
    did you mean `bits_per_byte`?
-r.yaml:21:21: max_ratio: expected a ratio above 0, such as 0.4 or 40%, got -1
+r.yaml:21:21: max_ratio: expected a ratio above 0 and up to 2, such as 0.4 or 40%, got -1
    21 |   size: {max_ratio: -1}
       |                     ^^
 r.yaml:22:3: a gate needs a bound: `max`
@@ -379,7 +378,7 @@ def test_load_recipe_tells_single_mistakes(heads: Heads, work: Path, line: str, 
         ("cast: {weights: fp16, only: x}", "r.yaml:4:33: only: expected a list, got 'x'"),
         ("cast: {weights: fp16, overrides: {a: x}}", "r.yaml:4:42: a: expected bf16, fp16, fp32, int8, int6, int5, int4, int3, int2, fp8, mxfp4, nvfp4, trellis4, trellis3 or trellis2, got 'x'"),
         ("cast: {weights: fp16, allow_noop: 1}", "r.yaml:4:39: allow_noop: expected true or false, got 1"),
-        ("prune_structured: {layers: 0}", "r.yaml:4:32: layers: expected a share such as 25% or 0.25, or a count from 1 up, got 0"),
+        ("prune_structured: {layers: 0}", "r.yaml:4:32: layers: expected a count such as 2, a share such as 25%, or a list of block numbers, got 0"),
         ("prune_structured: {layers: [1, a]}", "r.yaml:4:32: expected a list of block numbers from 0 up"),
         ("prune_structured: {layers: [1, 1]}", "r.yaml:4:32: a block is named twice"),
         ("prune_structured: {layers: 2}", "r.yaml:4:5: prune_structured needs calibration text, and there is no `data.calibration`"),
@@ -468,12 +467,8 @@ def test_extends_null_removes_a_section_of_the_base(work: Path) -> None:
 def test_extends_mistakes_name_their_file(problems: Heads) -> None:
     Path("base.yaml").write_text(f"{GOOD}sede: 1\ngates: {{size: {{max: tiny}}}}\n")
     assert problems("extends: base.yaml\nstroe: stock\n") == [
-        "r.yaml:2:1: unknown key `stroe`\n    2 | stroe: stock\n      | ^^^^^\n   expected one of: model, output, store, "
-        "seed, device, dtype, max_ram, max_vram, threads, evaluate_at, document_separator, max_shard_size, …; "
-        "did you mean `store`?",
-        "base.yaml:5:1: unknown key `sede`\n    5 | sede: 1\n      | ^^^^\n   expected one of: model, output, store, "
-        "seed, device, dtype, max_ram, max_vram, threads, evaluate_at, document_separator, max_shard_size, …; "
-        "did you mean `seed`?",
+        "r.yaml:2:1: unknown key `stroe`\n    2 | stroe: stock\n      | ^^^^^\n   did you mean `store`?",
+        "base.yaml:5:1: unknown key `sede`\n    5 | sede: 1\n      | ^^^^\n   did you mean `seed`?",
         "base.yaml:6:21: max: expected a size such as 500MB or 4GiB, got 'tiny'\n    6 | gates: {size: {max: tiny}}\n"
         "      |                     ^^^^",
     ]
@@ -547,9 +542,8 @@ def test_recipe_from_mapping_takes_mappings(work: Path) -> None:
 
 
 def test_hints_list_gates_as_the_reference_does(problems: Heads) -> None:
-    (problem,) = problems(GOOD + "gates: {sizee: {max: 1GB}}\n")
+    (problem,) = problems(GOOD + "gates: {zzz: {max: 1GB}}\n")
     assert "expected one of: size, parameters, bits_per_byte, perplexity, " in problem
-    assert "did you mean `size`?" in problem
 
 
 def test_api_reads_sets_over_a_mapping(work: Path) -> None:

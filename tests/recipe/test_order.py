@@ -145,7 +145,7 @@ def test_order_tells_the_way_out(problems: Heads) -> None:
 def test_order_names_missing_data_of_a_pass(problems: Heads) -> None:
     assert problems("model: m\noutput: o\npasses: [distil]\n") == [
         "r.yaml:3:10: distil needs training text, and there is no `data.training`\n    3 | passes: [distil]\n"
-        "      |          ^^^^^^\n   add to data: `training: {files: [FILE]}`"
+        "      |          ^^^^^^\n   add to data: `training: {files: [FILE]}`, or `training: default`"
     ]
 
 

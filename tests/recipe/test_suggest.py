@@ -30,7 +30,7 @@ def problems(**changes: Any) -> list[str]:
         ({"passes": [{"prune": {"sparsity": 0.5}}]}, "passes.0: unknown pass `prune`", "; did you mean `prune_unstructured` or `prune_structured`?"),
         ({"passes": [{"wanda": None}]}, "passes.0: unknown pass `wanda`", "; did you mean `prune_unstructured`?"),
         ({"evaluate": ["bpb"]}, "evaluate.0: expected bits_per_byte", "did you mean `bits_per_byte`?"),
-        ({"gates": {"bpb": {"max": 1}}}, "gates.bpb: unknown key `bpb` in gates", "; did you mean `bits_per_byte`?"),
+        ({"gates": {"bpb": {"max": 1}}}, "gates.bpb: unknown key `bpb` in gates", "did you mean `bits_per_byte`?"),
         ({"gates": {"accuracy": {"min": 95}}}, "gates.accuracy.min: min: expected a share from 0 to 1", "did you mean `95%`?"),
         ({"device": "gpu"}, "device: device: expected auto, cpu", "did you mean `cuda`?"),
         ({"device": "gpu:1"}, "device: device: expected auto, cpu", "did you mean `cuda:1`?"),
@@ -39,8 +39,15 @@ def problems(**changes: Any) -> list[str]:
         ({"passes": [{"prune_unstructured": {"sparsity": 50}}]}, "passes.0.prune_unstructured.sparsity: sparsity: expected a share", "did you mean `50%`?"),
         ({"passes": [{"prune_unstructured": {"sparsity": "50"}}]}, "passes.0.prune_unstructured.sparsity: sparsity: expected a share", "did you mean `50%`?"),
         ({"passes": [{"prune_structured": {"keep_parameters": 60}}]}, "passes.0.prune_structured.keep_parameters: keep_parameters: expected a share", "did you mean `60%`?"),
-        ({"passes": [{"distill": {"lr": 1e-3}}]}, "passes.0.distill.lr: unknown key `lr` in distill", "; did you mean `learning_rate`?"),
-        ({"passes": [{"cast": {"weights": "int4", "ignore": ["x"]}}]}, "passes.0.cast.ignore: unknown key `ignore` in cast", "; did you mean `skip`?"),
+        ({"passes": [{"distill": {"lr": 1e-3}}]}, "passes.0.distill.lr: unknown key `lr` in distill", "did you mean `learning_rate`? (all: `compress passes distill`)"),
+        ({"passes": [{"cast": {"weights": "int4", "ignore": ["x"]}}]}, "passes.0.cast.ignore: unknown key `ignore` in cast", "did you mean `skip`? (all: `compress passes cast`)"),
+        ({"evaluate": {"kl": None}}, "evaluate: evaluate: expected a list", "write a list: `- kl`"),
+        ({"gates": ["size"]}, "gates: gates: expected a mapping", "write a mapping: `size: {max_ratio: 0.5}`"),
+        ({"gates": {"size": "30MB"}}, "gates.size: size: expected a mapping", "write `size: {max: 30MB}`"),
+        ({"gates": {"size": "40%"}}, "gates.size: size: expected a mapping", "write `size: {max_ratio: 40%}`"),
+        ({"gates": {"bits_per_byte": "3%"}}, "gates.bits_per_byte: bits_per_byte: expected", "write `bits_per_byte: {max_increase: 3%}`"),
+        ({"data": {"calibration": "text.txt"}}, "data.calibration: calibration: expected a mapping", "write a mapping, `{files: [FILE]}`, or `default`"),
+        ({"passes": [{"prune_unstructured": {"pattern": "4:2"}}]}, "passes.0.prune_unstructured.pattern: pattern: expected an N:M", "did you mean `2:4`?"),
         ({"passes": [{"cast": {"weights": "W4A16"}}]}, "passes.0.cast.weights: weights: expected bf16", "did you mean `scheme: W4A16`?"),
         ({"passes": [{"cast": {"weights": "q4_k_m"}}]}, "passes.0.cast.weights: weights: expected bf16", "q4_k_m is a type of llama.cpp, whose files are not written: the nearest is `weights: int4`"),
         ({"passes": [{"cast": {"weights": "int4", "overrides": {"*": "FP8"}}}]}, "passes.0.cast.overrides.*: *: expected bf16", "did you mean `fp8`?"),
@@ -48,7 +55,7 @@ def problems(**changes: Any) -> list[str]:
         ({"passes": [{"cast": {"scheme": "w8a8"}}]}, "passes.0.cast.scheme: scheme: expected W4A16", "did you mean `scheme: W8A8`?"),
         ({"passes": [{"cast": {"scheme": "FP8"}}]}, "passes.0.cast.scheme: scheme: expected W4A16", "FP8 has scales of inputs that are measured beforehand, which `cast` cannot write yet: use `scheme: FP8_DYNAMIC`"),
         ({"passes": [{"cast": {"format": "W8A8"}}]}, "passes.0.cast.format: unknown key `format` in cast", "did you mean `scheme: W8A8`?"),
-        ({"passes": [{"cast": {"weights": "int4", "format": "int4"}}]}, "passes.0.cast.format: unknown key `format` in cast", "; did you mean `weights`?"),
+        ({"passes": [{"cast": {"weights": "int4", "format": "int4"}}]}, "passes.0.cast.format: unknown key `format` in cast", "did you mean `weights`? (all: `compress passes cast`)"),
         ({"passes": [{"cast": {"weights": 4}}]}, "passes.0.cast.weights: weights: expected bf16", "did you mean `int4`?"),
         ({"passes": [{"cast": {"weights": "int4", "overrides": {"*": "W8A16"}}}]}, "passes.0.cast.overrides.*: *: expected bf16", "did you mean `int8`?"),
         ({"passes": [{"cast": {"weights": "int4", "error_correction": ["gptaq"]}}]}, "passes.0.cast.error_correction.0: expected asymmetric", "did you mean `asymmetric`?"),
@@ -82,6 +89,27 @@ def test_suggest_answers_a_word_of_another_tool(changes: dict[str, Any], where: 
 )  # fmt: skip
 def test_scheme_is_answered_with_the_setting(name: str, answer: str | None) -> None:
     assert scheme(name) == answer
+
+
+def test_suggest_says_once_that_a_key_has_another_name() -> None:
+    """A key that is missing because another was written in its place is no second mistake."""
+    with pytest.raises(RecipeError) as caught:
+        recipe_from_mapping({"model": "m", "output": "o", "steps": [{"cast": {"weights": "bf16"}}]}, check_files=False)
+    assert caught.value.problems == ["steps: unknown key `steps`\n   did you mean `passes`?"]
+    assert str(caught.value) == caught.value.problems[0]  # one mistake needs no count
+
+
+def test_suggest_refuses_a_bound_that_nothing_exceeds() -> None:
+    (problem,) = problems(gates={"size": {"max_ratio": "300%"}})
+    assert (
+        problem
+        == "gates.size.max_ratio: max_ratio: expected a ratio above 0 and up to 2, such as 0.4 or 40%, got '300%'"
+    )
+
+
+def test_suggest_names_a_method_that_reads_no_data() -> None:
+    (problem,) = problems(passes=[{"cast": {"weights": "int8"}}])
+    assert problem.endswith("or `calibration: default`; `method: rtn` reads none")
 
 
 def test_synonyms_name_existing_keys() -> None:

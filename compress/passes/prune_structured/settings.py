@@ -5,10 +5,11 @@ from __future__ import annotations
 from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import BeforeValidator, Field, WithJsonSchema, model_validator
+from pydantic_core import PydanticCustomError
 
 from compress.passes.base import InputMultiple, PassSettings
 from compress.passes.effort import Effort, EffortDefaults
-from compress.settings import Amount, ByteSize, Fraction, parse_amount
+from compress.settings import Amount, ByteSize, Fraction, expected, parse_amount
 
 
 def _layers(value: Any) -> Any:
@@ -18,7 +19,10 @@ def _layers(value: Any) -> Any:
         if len(set(value)) != len(value):
             raise ValueError("a block is named twice")
         return tuple(sorted(value))
-    return parse_amount(value)
+    try:
+        return parse_amount(value)
+    except PydanticCustomError:
+        raise expected("a count such as 2, a share such as 25%, or a list of block numbers", value) from None
 
 
 Layers = Annotated[
