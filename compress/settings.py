@@ -24,7 +24,7 @@ _PERCENT = re.compile(r"^\s*(-?[0-9]+(?:\.[0-9]+)?)\s*%\s*$")
 class Settings(BaseModel):
     """Base of every settings model: frozen, with a description for every field; unknown keys are refused."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=False, validate_default=False)
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=False, validate_default=False, defer_build=True)
 
 
 def defaults(model: type[BaseModel], given: Mapping[str, Any] | None = None) -> dict[str, Any]:

@@ -10,8 +10,6 @@ import errno
 import os
 import signal
 import sys
-import tempfile
-import traceback
 from collections.abc import Callable
 from types import FrameType
 
@@ -166,6 +164,9 @@ def _out_of_resources(error: BaseException) -> bool:
 def _log(error: BaseException) -> str:
     """Write the traceback to a file and return a sentence that names it; if that fails, a sentence with the last line."""
     try:
+        import tempfile
+        import traceback
+
         handle, name = tempfile.mkstemp(prefix="compress-", suffix=".log")
         with os.fdopen(handle, "w", encoding="utf-8", errors="backslashreplace") as file:
             file.write("".join(traceback.format_exception(error)))

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import ast
 import difflib
 import pkgutil
 from functools import cache
-from importlib import import_module, metadata
-from typing import Any
+from importlib import import_module
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from compress.errors import CompressError
-from compress.passes.base import Pass
+
+if TYPE_CHECKING:
+    from importlib import metadata
+
+    from compress.passes.base import Pass
 
 
 def _folders() -> dict[str, str]:
@@ -41,6 +47,8 @@ WORDS: dict[str, tuple[str, ...]] = {
 
 @cache
 def _entry_points() -> dict[str, metadata.EntryPoint]:
+    from importlib import metadata
+
     return {point.name: point for point in metadata.entry_points(group="compress.passes")}
 
 
@@ -65,3 +73,33 @@ def get(name: str) -> Pass[Any]:
         )
     instance: Pass[Any] = cls()
     return instance
+
+
+def summaries() -> list[dict[str, Any]]:
+    """``name``, ``summary`` and ``needs`` of every pass. Those of this package are read off their source and not imported."""
+    rows = []
+    for name in names():
+        facts = _written(name) if name in TABLE else None
+        if facts is None:
+            instance = get(name)
+            facts = {"summary": instance.summary, "needs": instance.needs}
+        rows.append({"name": name, "summary": facts["summary"], "needs": sorted(facts["needs"])})
+    return rows
+
+
+def _written(name: str) -> dict[str, Any] | None:
+    """``summary`` and ``needs`` as literals in the class of a pass; None where one is not."""
+    path = Path(__path__[0], name, f"{name}.py")
+    facts: dict[str, Any] = {}
+    for statement in (s for c in ast.parse(path.read_bytes()).body if isinstance(c, ast.ClassDef) for s in c.body):
+        target = statement.target if isinstance(statement, ast.AnnAssign) else None
+        if isinstance(statement, ast.Assign):
+            target = statement.targets[0]
+        if isinstance(target, ast.Name) and target.id in ("summary", "needs"):
+            value = statement.value  # type: ignore[attr-defined]
+            inner = value.args[0] if isinstance(value, ast.Call) and value.args else value
+            try:
+                facts.setdefault(target.id, ast.literal_eval(inner))
+            except ValueError:
+                return None
+    return facts if len(facts) == 2 else None

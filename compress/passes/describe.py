@@ -13,6 +13,9 @@ from pydantic_core import to_jsonable_python
 from compress import passes
 from compress.passes.effort import USUAL
 
+#: Settings that many passes have.
+_USUAL = frozenset({"only", "skip", "allow_noop"})
+
 
 def describe_all() -> dict[str, Any]:
     """All passes, in the schema ``compress.passes/1``."""
@@ -33,8 +36,13 @@ def describe(name: str) -> dict[str, Any]:
         "accepts": sorted(instance.accepts),
         "yields": sorted(instance.yields),
         "source": instance.source,
-        "settings": _with_sections(describe_settings(instance.settings), instance.settings),
+        "settings": _with_sections(_usual_last(describe_settings(instance.settings)), instance.settings),
     }
+
+
+def _usual_last(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Rows of settings; those that many passes have, such as ``only``, after the pass's own."""
+    return sorted(rows, key=lambda row: row["name"] in _USUAL)
 
 
 def _docstring(pass_class: type) -> tuple[str, str]:

@@ -18,6 +18,9 @@ from compress.files import sha256, stamp
 
 Table = dict[str, dict[str, Any]]
 
+#: The file of an output that says where the checkpoint comes from.
+PROVENANCE = "compress.json"
+
 
 def entries(folder: Path) -> dict[str, os.stat_result]:
     """All files and links below a folder, by relative path; links are not followed."""

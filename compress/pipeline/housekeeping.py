@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from compress.errors import CompressError, OutputError, ReportError
+from compress.errors import CompressError, OutputError
 from compress.files import expanded, leftovers, remove
-from compress.pipeline.contents import folder_bytes
+from compress.pipeline.contents import PROVENANCE, folder_bytes
 from compress.pipeline.folder import RunFolder
-from compress.pipeline.publish import PROVENANCE
 
 _SKIPPED = frozenset({".git", ".venv", "node_modules", "__pycache__"})
 
@@ -62,7 +62,7 @@ def _describe(path: Path) -> dict[str, Any]:
     return {
         "run": str(path),
         "output": str(output) if (output / PROVENANCE).exists() else None,
-        "status": _report(run).get("status"),
+        "status": _reported(run).status,
         "bytes": folder_bytes(path),
         "stages": [
             {"name": key, "bytes": folder_bytes(run.stages / key), "used": key in used} for key in run.finished()
@@ -75,19 +75,26 @@ def _output(run: RunFolder) -> Path:
     return run.path.with_name(run.path.name.removesuffix(".run"))
 
 
-def _report(run: RunFolder) -> dict[str, Any]:
-    from compress import report as reports
+@dataclass(frozen=True)
+class _Reported:
+    """The verdict of a run's last report, and the names of the stages in it; None and none where it cannot be read."""
 
+    status: str | None = None
+    stages: frozenset[str] = frozenset()
+
+
+def _reported(run: RunFolder) -> _Reported:
     try:
-        return reports.load(run.report)
-    except ReportError:
-        return {}
+        report = json.loads(run.report.read_text(encoding="utf-8"))
+        stages = frozenset(Path(stage["folder"]).name for stage in report["stages"])
+        return _Reported(str(report["status"]), stages)
+    except (OSError, ValueError, RecursionError, TypeError, KeyError):
+        return _Reported()
 
 
 def _used(run: RunFolder) -> set[str]:
     """Keys of the stages of the last report and of the last run."""
-    reported = {Path(stage["folder"]).name for stage in _report(run).get("stages", ())}
-    return reported | set(run.current().get("stages", ()))
+    return set(_reported(run).stages) | set(run.current().get("stages", ()))
 
 
 def _unused(run: RunFolder) -> list[Unused]:

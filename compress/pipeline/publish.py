@@ -12,10 +12,9 @@ from typing import Any
 
 from compress.errors import CheckpointError, OutputError
 from compress.files import SIZE, disk_errors, read_json, remove, temporary, write_atomically
-from compress.pipeline.contents import Table, compare, restamped, row_of
+from compress.pipeline.contents import PROVENANCE, Table, compare, restamped, row_of
 from compress.pipeline.fingerprint import fingerprint
 
-PROVENANCE = "compress.json"
 _SCHEMA = "compress.checkpoint/2"
 _AT_FDCWD = -100
 _RENAME_EXCHANGE = 2

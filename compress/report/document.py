@@ -1,10 +1,9 @@
-"""Reports as JSON: write, read, validate. The JSON is strict: NaN and infinities are words."""
+"""Reports as JSON: read and validate."""
 
 from __future__ import annotations
 
 import contextlib
 import json
-import math
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -12,29 +11,10 @@ from typing import Any
 from pydantic import Field, ValidationError
 
 from compress.errors import ReportError, one_line
-from compress.files import write_atomically
 from compress.report.parts import Part
 from compress.report.schema import Report
 
 SCHEMA = "compress.report/1"
-
-
-def to_json(data: Mapping[str, Any]) -> str:
-    """Strict JSON, indented; NaN and infinities become the words ``NaN``, ``Infinity``, ``-Infinity``."""
-    return json.dumps(_strict(data), indent=1, allow_nan=False, ensure_ascii=False)
-
-
-def _strict(value: Any) -> Any:
-    if isinstance(value, float) and not math.isfinite(value):
-        return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
-    if isinstance(value, Mapping):
-        return {str(k): _strict(v) for k, v in value.items()}
-    return [_strict(v) for v in value] if isinstance(value, (list, tuple)) else value
-
-
-def save(report: Mapping[str, Any], path: Path) -> None:
-    """Write a report in one step."""
-    write_atomically(path, (to_json(report) + "\n").encode())
 
 
 def load(path: Path) -> dict[str, Any]:

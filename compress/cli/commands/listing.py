@@ -12,14 +12,17 @@ from compress.errors import CompressError
 
 def passes_(name: str | None, *, json: bool) -> None:
     """``compress passes [NAME]``."""
+    from compress import passes
     from compress.cli import tables
+
+    if name is None and not json:
+        tables.print_passes(passes.summaries())
+        return
     from compress.passes.describe import describe, describe_all
 
     data = describe_all() if name is None else describe(name)
     if json:
         print_json(data)
-    elif name is None:
-        tables.print_passes(data["passes"])
     else:
         tables.print_pass(data)
 

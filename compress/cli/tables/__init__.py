@@ -1,20 +1,40 @@
 """Tables and lines that the commands print on stdout."""
 
-from compress.cli.tables.architecture import print_architecture
-from compress.cli.tables.checkpoint import print_diff, print_inspection
-from compress.cli.tables.listing import print_pass, print_passes, print_runs
-from compress.cli.tables.plan import print_plan
-from compress.cli.tables.report import print_evaluation, print_gates, print_report
+from __future__ import annotations
 
-__all__ = [
-    "print_architecture",
-    "print_diff",
-    "print_evaluation",
-    "print_gates",
-    "print_inspection",
-    "print_pass",
-    "print_passes",
-    "print_plan",
-    "print_report",
-    "print_runs",
-]
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from compress.cli.tables.architecture import print_architecture as print_architecture
+    from compress.cli.tables.checkpoint import print_diff as print_diff
+    from compress.cli.tables.checkpoint import print_inspection as print_inspection
+    from compress.cli.tables.listing import print_pass as print_pass
+    from compress.cli.tables.listing import print_passes as print_passes
+    from compress.cli.tables.listing import print_runs as print_runs
+    from compress.cli.tables.plan import print_plan as print_plan
+    from compress.cli.tables.report import print_evaluation as print_evaluation
+    from compress.cli.tables.report import print_gates as print_gates
+    from compress.cli.tables.report import print_report as print_report
+
+_HOME = {
+    "print_architecture": "architecture",
+    "print_diff": "checkpoint",
+    "print_evaluation": "report",
+    "print_gates": "report",
+    "print_inspection": "checkpoint",
+    "print_pass": "listing",
+    "print_passes": "listing",
+    "print_plan": "plan",
+    "print_report": "report",
+    "print_runs": "listing",
+}
+__all__ = list(_HOME)
+
+
+def __getattr__(name: str) -> Any:
+    """Import what is asked for and no more."""
+    if name in _HOME:
+        from importlib import import_module
+
+        return getattr(import_module(f"{__name__}.{_HOME[name]}"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

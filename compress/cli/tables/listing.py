@@ -23,25 +23,28 @@ def print_passes(rows: Sequence[Mapping[str, Any]]) -> None:
 
 
 def print_pass(data: Mapping[str, Any]) -> None:
-    """Print one pass with every setting."""
+    """Print one pass: what it does, a sample, every setting."""
     console = make_console()
     print_line(console, data["name"], "bold")
     print_line(console, f"{data['summary']} {data['details']}".strip())
-    for line in data["sample"].splitlines():
-        print_line(console, f"    {line}", whole=True)
     needs = ", ".join(f"data.{n}" for n in data["needs"]) or "no data"
-    print_line(
-        console,
-        f"mode: {data['mode']}, reads {needs}",
-        "dim",
-    )
+    print_line(console, f"mode: {data['mode']}, reads {needs}", "dim")
     if data["source"]:
         print_line(console, f"source: {data['source']}", "dim")
-    rows = []
-    for s in data["settings"]:
-        default = "required" if s["required"] else json.dumps(s["default"])
-        rows.append((s["name"], s["type"], default, s["description"]))
-    print_table(console, None, [("setting", "whole"), "type", "default", "what it does"], rows)
+    if data["sample"]:
+        print_line(console, "\nsample", "bold")
+        for line in data["sample"].splitlines():
+            print_line(console, f"  {line}", whole=True)
+    print_line(console, "\nsettings", "bold")
+    for setting in data["settings"]:
+        default = "required" if setting["required"] else f"default {_written(setting['default'])}"
+        print_line(console, f"  {setting['name']}: {setting['type']}; {default}")
+        print_line(console, f"      {setting['description']}", "dim")
+
+
+def _written(value: Any) -> str:
+    """A default as a recipe has it: words bare, ``none`` where nothing is set."""
+    return "none" if value is None else value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
 
 
 def print_runs(runs: Sequence[Mapping[str, Any]]) -> None:
