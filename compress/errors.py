@@ -10,7 +10,8 @@ import contextlib
 import errno
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
 from compress.escape import in_one_line
 
@@ -55,19 +56,39 @@ def located(where: str) -> Iterator[None]:
         raise
 
 
+@dataclass(frozen=True)
+class Mistake:
+    """One mistake in a recipe.
+
+    Attributes:
+        message: what is wrong. fix: what to do; empty where nothing is said.
+        file: the recipe or a file that it extends, or an option; None for a recipe that was made in Python.
+        line, column: from 1; 0 where only the file is known. width: characters of the line that are wrong.
+    """
+
+    message: str
+    fix: str = ""
+    file: str | None = None
+    line: int = 0
+    column: int = 0
+    width: int = 0
+
+
 class RecipeError(CompressError):
     """One or more mistakes in a recipe.
 
-    ``problems`` holds the rendered text of the first ones (several lines each), ``count`` the number of all.
+    ``problems`` holds the rendered text of the first ones (several lines each), ``mistakes`` the same as data. ``count`` is the
+    number of all.
     """
 
     #: Number of mistakes that are shown. More are usually one mistake, repeated.
     SHOWN = 50
 
-    def __init__(self, problems: list[str], count: int | None = None) -> None:
+    def __init__(self, problems: list[str], count: int | None = None, mistakes: Sequence[Mistake] = ()) -> None:
         count = len(problems) if count is None else count
         super().__init__(f"{count} mistake{'s' if count != 1 else ''} in the recipe")
         self.problems = problems
+        self.mistakes = tuple(mistakes)
         self.count = count
 
     def __str__(self) -> str:

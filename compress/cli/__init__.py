@@ -24,19 +24,22 @@ def main() -> None:
 
 def _app() -> None:
     """Run the command line. Messages about arguments repeat them, so they are escaped."""
-    import io
     import sys
 
     from compress.cli.app import app
-    from compress.escape import printable
+    from compress.escape import in_one_line, printable
 
     try:
-        status = app(standalone_mode=False)
+        status = app(standalone_mode=False, prog_name="compress")
     except Exception as error:
-        if not hasattr(error, "show") or not hasattr(error, "exit_code"):
+        if not hasattr(error, "format_message") or not hasattr(error, "exit_code"):
             raise
-        message = io.StringIO()
-        error.show(file=message)
-        sys.stderr.write(printable(message.getvalue()))
+        from compress.cli.guard import fail
+        from compress.cli.help import usage_error
+
+        if type(error).__name__ == "NoArgsIsHelpError":
+            sys.stderr.write(printable(error.format_message()) + "\n")
+        else:
+            fail(in_one_line(usage_error(error)), error.exit_code)
         sys.exit(error.exit_code)
     sys.exit(status if isinstance(status, int) else 0)

@@ -8,10 +8,12 @@ from typing import Annotated, Optional
 import typer
 
 from compress.cli.commands.common import Code
+from compress.cli.help import GroupedHelp
 from compress.cli.options import (
     AllowLinks,
     AsJson,
     Baseline,
+    CheckFormat,
     CheckpointArgument,
     Confidence,
     DataOption,
@@ -30,9 +32,11 @@ from compress.cli.options import (
     OutputOption,
     PresetOption,
     Quiet,
-    RecipeFile,
+    ReadData,
+    RecipeFiles,
     RecipeOrModel,
     RecipeOutput,
+    Resolved,
     Separator,
     Sets,
     Streaming,
@@ -45,11 +49,12 @@ from compress.cli.options import (
 
 app = typer.Typer(
     name="compress",
+    cls=GroupedHelp,
     help="Make Hugging Face checkpoints smaller, pass by pass, and gate the result.",
     no_args_is_help=True,
     rich_markup_mode=None,  # rich help costs 50 ms at every start
     pretty_exceptions_enable=False,
-    context_settings={"help_option_names": ["-h", "--help"]},
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
 )
 
 
@@ -125,24 +130,17 @@ def run(
 
 @app.command()
 def check(
-    recipe: RecipeFile,
+    recipes: RecipeFiles,
     sets: Sets = None,
-    data: Annotated[
-        bool,
-        typer.Option(
-            "--data",
-            help="Read the text too, and report documents that evaluation shares with passes.",
-        ),
-    ] = False,
-    resolved: Annotated[
-        bool, typer.Option("--resolved", help="Print the resolved recipe, with every default.")
-    ] = False,
+    data: ReadData = False,
+    resolved: Resolved = False,
+    form: CheckFormat = None,
     json: AsJson = False,
 ) -> None:
-    """Report every mistake in a recipe at once, each with its line and a suggestion. Reads no weights."""
-    from compress.cli.commands import recipes
+    """Report every mistake in recipes at once, each with its line and a suggestion. Reads no weights."""
+    from compress.cli.commands import recipes as commands
 
-    recipes.check(recipe, sets or [], data=data, resolved=resolved, json=json)
+    commands.check(recipes, sets or [], data=data, resolved=resolved, json=json, form=form)
 
 
 @app.command()
@@ -181,7 +179,10 @@ def inspect(
     offline: Offline = False,
     json: AsJson = False,
 ) -> None:
-    """Show the parameters, bytes, dtypes, storage, sparsity and ties of every module."""
+    """Show what a checkpoint holds: parameters, bytes, and its tensors with dtype, storage and sparsity.
+
+    Equal tensors of blocks and experts are one row.
+    """
     from compress.cli.commands import checkpoints
 
     code = Code(trust_remote_code, ignore_auto_map, allow_links)
@@ -202,7 +203,11 @@ def diff(
     allow_links: AllowLinks = False,
     json: AsJson = False,
 ) -> None:
-    """Show the tensors and config keys that differ between two checkpoints. The exit status is 0 even if they differ."""
+    """Show the config keys, blocks and tensors that differ between two checkpoints.
+
+    Knows blocks that were removed or added, and compares the others by their contents. The exit status is 0 even if
+    the two differ.
+    """
     from compress.cli.commands import checkpoints
 
     code = Code(trust_remote_code, ignore_auto_map, allow_links)

@@ -48,6 +48,21 @@ RecipeOutput = Annotated[
     Path | None,
     typer.Option("--output", "-o", help="File to write, by default recipe.yaml; `-` for stdout.", metavar="FILE"),
 ]
+RecipeFiles = Annotated[list[Path], typer.Argument(help="Recipes (YAML).", metavar="RECIPE...")]
+CheckFormat = Annotated[
+    str | None,
+    typer.Option(
+        "--format",
+        help="github: also a line per mistake that GitHub shows at its place; the default in a workflow of GitHub. "
+        "sarif: a SARIF document on stdout.",
+        metavar="text|github|sarif",
+    ),
+]
+ReadData = Annotated[
+    bool,
+    typer.Option("--data", help="Read the text too, and report documents that evaluation shares with passes."),
+]
+Resolved = Annotated[bool, typer.Option("--resolved", help="Print the resolved recipe, with every default.")]
 Sets = Annotated[
     list[str] | None,
     typer.Option(

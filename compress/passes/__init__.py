@@ -92,11 +92,11 @@ def _written(name: str) -> dict[str, Any] | None:
     path = Path(__path__[0], name, f"{name}.py")
     facts: dict[str, Any] = {}
     for statement in (s for c in ast.parse(path.read_bytes()).body if isinstance(c, ast.ClassDef) for s in c.body):
-        target = statement.target if isinstance(statement, ast.AnnAssign) else None
-        if isinstance(statement, ast.Assign):
-            target = statement.targets[0]
+        if not isinstance(statement, ast.Assign | ast.AnnAssign) or statement.value is None:
+            continue
+        target = statement.target if isinstance(statement, ast.AnnAssign) else statement.targets[0]
         if isinstance(target, ast.Name) and target.id in ("summary", "needs"):
-            value = statement.value  # type: ignore[attr-defined]
+            value = statement.value
             inner = value.args[0] if isinstance(value, ast.Call) and value.args else value
             try:
                 facts.setdefault(target.id, ast.literal_eval(inner))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import time
 from dataclasses import asdict, dataclass
@@ -27,6 +28,7 @@ from compress.pipeline.workers import process_group, worker_loop
 from compress.planning import Plan, size_on_disk
 from compress.progress import Progress, SilentProgress
 from compress.recipe import resolved
+from compress.report import append_step_summary
 
 if TYPE_CHECKING:
     from compress.recipe import Recipe
@@ -69,6 +71,8 @@ def _run(run: Run, publish_anyway: bool, recipe_path: str | None) -> RunResult:
         remove_leftovers(run.output)
         identity = run.identity()
         if not run.fresh and (done := published_report(run, identity)) is not None:
+            with contextlib.suppress(Exception):  # a summary is no reason to lose a finished run
+                append_step_summary(done)
             return RunResult(run.output, RunReport(done), done["status"], done["exit_status"], True, nothing_to_do=True)
         rows = run_stages(run)
         evaluations = Evaluations(run.recipe, run.data, run.folder, run.device, run.progress, run.fresh)

@@ -136,7 +136,8 @@ def settings_error(name: str, settings: Mapping[str, Any], error: ValidationErro
 
 def _mistakes(problems: Sequence[Problem]) -> RecipeError:
     ordered = in_order(problems)
-    return RecipeError([problem.render() for problem in ordered[: RecipeError.SHOWN]], len(ordered))
+    shown = ordered[: RecipeError.SHOWN]
+    return RecipeError([p.render() for p in shown], len(ordered), [p.mistake() for p in shown])
 
 
 def _finish(root: MapNode | None, sets: Sequence[str], files: _Files, check_files: bool) -> Recipe:

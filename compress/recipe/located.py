@@ -36,7 +36,8 @@ class Located:
         if isinstance(error, PassError) and error.key:
             path = (*path, error.key)
         what = f"{inside or self.recipe.output}: {error.what}" if inside or path == ("output",) else error.what
-        raise RecipeError([locate(self.recipe.source, path, CompressError(what, fix=error.fix))]) from error
+        problem = locate(self.recipe.source, path, CompressError(what, fix=error.fix))
+        raise RecipeError([problem.render()], mistakes=[problem.mistake()]) from error
 
     def _path(self, where: str) -> tuple[str | int, ...] | None:
         """The keys that an error names; None where it names something else."""

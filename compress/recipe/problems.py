@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
-from compress.errors import CompressError
+from compress.errors import CompressError, Mistake
 
 KeyPath: TypeAlias = Sequence[str | int]
 #: Longest piece of a source line that is shown; a longer line is cut to a window around the mistake.
@@ -171,6 +171,14 @@ class Problem:
             lines.append(f"   {self.hint}")
         return "\n".join(lines)
 
+    def mistake(self) -> Mistake:
+        """The same as data."""
+        if self.place is None:
+            where = dotted(self.path)
+            return Mistake(f"{where}: {self.message}" if where else self.message, self.hint or "")
+        place = self.place
+        return Mistake(self.message, self.hint or "", place.origin.name, place.line, place.column, place.width)
+
 
 def _window(line: str, column: int) -> tuple[str, int]:
     """The line without tabs, cut to the window that is shown, and the column in it."""
@@ -214,8 +222,8 @@ class Source:
         return hash(Source)
 
 
-def locate(source: Source | None, path: KeyPath, error: CompressError) -> str:
-    """Render an error that came after loading at its place in the recipe.
+def locate(source: Source | None, path: KeyPath, error: CompressError) -> Problem:
+    """An error that came after loading, at its place in the recipe.
 
     Args:
         source: `Recipe.source`.
@@ -223,4 +231,4 @@ def locate(source: Source | None, path: KeyPath, error: CompressError) -> str:
         path: such as ``("passes", 0, "cast", "weights")``; for a missing path the mapping around it is shown.
     """
     place = find_place(source.root, path) if source is not None else None
-    return Problem(error.what, place, tuple(path), error.fix).render()
+    return Problem(error.what, place, tuple(path), error.fix)

@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from compress.report.card import Base as Base
     from compress.report.card import Loading as Loading
+    from compress.report.markdown import append_gates_summary as append_gates_summary
     from compress.report.markdown import append_step_summary as append_step_summary
-    from compress.report.brief import brief as brief
+    from compress.report.brief_recipe import brief as brief
     from compress.report.document import check_statistics as check_statistics
     from compress.report.document import judged as judged
     from compress.report.document import load as load
@@ -29,8 +30,9 @@ if TYPE_CHECKING:
 _HOME = {
     "Base": "card",
     "Loading": "card",
+    "append_gates_summary": "markdown",
     "append_step_summary": "markdown",
-    "brief": "brief",
+    "brief": "brief_recipe",
     "check_statistics": "document",
     "judged": "document",
     "load": "document",

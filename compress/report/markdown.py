@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from compress.escape import in_one_line, markdown
@@ -129,12 +129,22 @@ def planned_rows(report: Mapping[str, Any]) -> Iterable[Sequence[str]]:
 
 def append_step_summary(report: Mapping[str, Any]) -> bool:
     """Append the Markdown to the file named by ``$GITHUB_STEP_SUMMARY``, if set. Returns whether it was appended."""
+    return _append(lambda: render_markdown(report))
+
+
+def append_gates_summary(subject: str, gates: Sequence[Mapping[str, Any]], status: str) -> bool:
+    """Append the gates of a subject to the file named by ``$GITHUB_STEP_SUMMARY``, if set. Returns whether it was appended."""
+    head = in_one_line(f"# {subject}: gates {status}")
+    return _append(lambda: "\n".join([markdown(head), "", *gates_table(gates), ""]))
+
+
+def _append(text: Callable[[], str]) -> bool:
     path = os.environ.get("GITHUB_STEP_SUMMARY")
     if not path:
         return False
     try:
         with open(path, "a", encoding="utf-8") as file:
-            file.write(render_markdown(report) + "\n")
+            file.write(text() + "\n")
     except OSError:  # a finished run must not fail for its summary
         return False
     return True

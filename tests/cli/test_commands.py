@@ -321,9 +321,9 @@ def test_gate_judges_a_report(cli, place, tmp_path):
         (["runs", "gone"], "gone: there is no such folder"),
         (["clean", "model"], "is not a run folder"),
         (["run", "gone.yaml"], "there is no such file"),
-        (["run"], "Missing argument"),
-        (["run", "recipe.yaml", "--frsh"], "No such option"),
-        (["rnu"], "No such command"),
+        (["run"], "missing argument"),
+        (["run", "recipe.yaml", "--frsh"], "`run` has no option `--frsh`; did you mean `--fresh`?"),
+        (["rnu"], "there is no command `rnu`; did you mean `run`?"),
     ],
 )
 def test_commands_tell_errors_in_one_line(cli, place, monkeypatch, arguments, message):

@@ -502,17 +502,19 @@ def test_locate_places_errors_of_a_plan(work: Path) -> None:
     Path("r.yaml").write_text(GOOD)
     error = PassError("every weight is bf16 already", key="weights", fix="leave the pass out")
     source = load_recipe(Path("r.yaml")).source
-    assert locate(source, ("passes", 0, "cast", "weights"), error) == (
+    assert locate(source, ("passes", 0, "cast", "weights"), error).render() == (
         "r.yaml:4:21: every weight is bf16 already\n    4 |   - cast: {weights: bf16}\n"
         "      |                     ^^^^\n   leave the pass out"
     )
-    assert locate(source, ("passes", 0, "cast", "only"), error).startswith("r.yaml:4:5: every")
-    assert locate(None, ("passes", 0, "cast", "weights"), error) == (
+    assert locate(source, ("passes", 0, "cast", "only"), error).render().startswith("r.yaml:4:5: every")
+    assert locate(None, ("passes", 0, "cast", "weights"), error).render() == (
         "passes.0.cast.weights: every weight is bf16 already\n   leave the pass out"
     )
     changed = load_recipe(Path("r.yaml"), ["passes.0.cast.weights=fp16"]).source
-    assert locate(changed, ("passes", 0, "cast", "weights"), error).startswith(
-        "--set passes.0.cast.weights=fp16: every"
+    assert (
+        locate(changed, ("passes", 0, "cast", "weights"), error)
+        .render()
+        .startswith("--set passes.0.cast.weights=fp16: every")
     )
 
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -58,3 +59,25 @@ def load(path: Path, sets: Sequence[str]) -> Recipe:
     from compress.recipe import load_recipe
 
     return load_recipe(path, sets)
+
+
+@contextlib.contextmanager
+def annotated() -> Iterator[None]:
+    """Context in which mistakes in a recipe are also shown at their places by GitHub, in a workflow of it."""
+    from compress.cli import ci
+    from compress.errors import RecipeError
+
+    try:
+        yield
+    except RecipeError as error:
+        if ci.on_github():
+            sys.stderr.write("".join(f"{line}\n" for line in ci.github(ci.mistakes_of(error))))
+        raise
+
+
+def annotate_gates(gates: Sequence[Mapping[str, Any]]) -> None:
+    """In a workflow of GitHub, show the gates that did not pass on its page."""
+    from compress.cli import ci
+
+    if ci.on_github():
+        sys.stderr.write("".join(f"{line}\n" for line in ci.github_gates(gates)))

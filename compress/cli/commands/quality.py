@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from compress.cli.commands.common import Code, load, print_json, progress
+from compress.cli.commands.common import Code, annotate_gates, load, print_json, progress
 from compress.cli.guard import Judged
 
 
@@ -75,4 +75,6 @@ def gate(
         print_json(judgement.to_dict())
     else:
         tables.print_gates(judgement.gates, judgement.status)
+    reports.append_gates_summary(subject, judgement.gates, judgement.status)
+    annotate_gates(judgement.gates)
     raise Judged(judgement.exit_status)

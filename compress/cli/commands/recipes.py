@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from compress.cli.commands.begin import load_or_make
-from compress.cli.commands.common import load, print_json, progress, say
-from compress.cli.guard import Judged
+from compress.cli.commands.common import annotate_gates, annotated, load, print_json, progress, say
+from compress.cli.guard import Judged, fail
 from compress.recipe.located import Located
 
 if TYPE_CHECKING:
@@ -34,8 +34,9 @@ def run(
     from compress.cli import tables
     from compress.pipeline.run import run as run_recipe
 
-    recipe = load_or_make(path, sets, preset, output, offline)
-    with Located(recipe):
+    with annotated():
+        recipe = load_or_make(path, sets, preset, output, offline)
+    with annotated(), Located(recipe):
         result = run_recipe(
             recipe,
             fresh=fresh,
@@ -51,11 +52,41 @@ def run(
         tables.print_report(result.report)
         if not result.published:
             say(f"not published; the result is in {result.checkpoint} (--publish-anyway publishes it)")
+    annotate_gates(result.report["gates"])
     raise Judged(result.exit_status)
 
 
-def check(path: Path, sets: Sequence[str], *, data: bool, resolved: bool, json: bool) -> None:
-    """``compress check``."""
+def check(
+    paths: Sequence[Path], sets: Sequence[str], *, data: bool, resolved: bool, json: bool, form: str | None
+) -> None:
+    """``compress check``. Every recipe is checked; the mistakes of all are shown."""
+    from compress.cli import ci
+    from compress.errors import CompressError
+
+    if (json or resolved) and len(paths) > 1:
+        raise CompressError("--json and --resolved take one recipe", fix="name one")
+    if form not in (None, "text", "github", "sarif"):
+        raise CompressError(f"there is no format `{form}`", where="--format", fix="use text, github or sarif")
+    if form == "sarif" and (json or resolved):
+        raise CompressError("--format sarif prints one document and nothing else", fix="leave out the other option")
+    mistakes, errors = [], []
+    for path in paths:
+        try:
+            _check(path, sets, data=data, resolved=resolved, json=json, quiet=form == "sarif")
+        except CompressError as error:
+            mistakes += ci.mistakes_of(error, str(path))
+            errors.append(error)
+    if form == "sarif":
+        sys.stdout.write(ci.sarif(mistakes) + "\n")
+    elif mistakes and (form == "github" or (form is None and ci.on_github() and not json)):
+        sys.stdout.write("".join(f"{line}\n" for line in ci.github(mistakes)))
+    for earlier in errors[:-1]:
+        fail(str(earlier), earlier.exit_status)
+    if errors:
+        raise errors[-1]
+
+
+def _check(path: Path, sets: Sequence[str], *, data: bool, resolved: bool, json: bool, quiet: bool) -> None:
     from compress.pipeline.check import check as check_recipe
     from compress.recipe import resolved as resolve
     from compress.recipe import to_yaml
@@ -65,7 +96,7 @@ def check(path: Path, sets: Sequence[str], *, data: bool, resolved: bool, json: 
         print_json({"schema": "compress.check/1", "recipe": resolve(result.recipe)})
     elif resolved:
         sys.stdout.write(to_yaml(resolve(result.recipe)))
-    else:
+    elif not quiet:
         for line in result.lines(str(path)):
             say(line)
 
