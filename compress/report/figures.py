@@ -10,7 +10,7 @@ from typing import Any
 from compress.evaluation import metrics
 from compress.evaluation.metrics.base import Metric
 from compress.formatting import fixed, format_bytes, ratio, ratio_of, seconds_text, signed, signed_percent, significant
-from compress.report.brief import changed
+from compress.report.brief_recipe import changed
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from compress.escape import printable
 from compress.formatting import fixed
 from compress.report import figures
-from compress.report.brief import brief
+from compress.report.brief_recipe import brief
 from compress.report.details import Section, sections
 from compress.report.html.heat import HeatMap, heat_maps, heat_rules, removal_losses
 from compress.report.layout import filled
