@@ -127,6 +127,14 @@ class ModelMap:
         return self.spec.tensors.get(self.record.head_tie) if self.has_head else None
 
     @property
+    def tables(self) -> list[Tensor]:
+        """The tables [V, h] of floats that tokens are looked up in and predicted with; a head that is tied is no other one."""
+        if not self.known:
+            return []
+        named = [None if self.embedding is None else self.spec.tensors[self.embedding], self.head_weight]
+        return [t for t in named if t is not None and t.alias_of is None and len(t.shape) == 2 and t.is_float]
+
+    @property
     def experts_per_token(self) -> int:
         """Number of experts that each token is sent to; 1 where the config has no such number."""
         return int(self.record.value(self.config, self.record.active_experts_key or "") or 1)

@@ -105,14 +105,8 @@ class Facts:
 
     @cached_property
     def tables(self) -> list[Tensor]:
-        """The tables [vocabulary, width] that token ids are looked up in and predicted with, as far as they are stored."""
-        names = [self.map.embedding] if self.map.known else []
-        if self.map.known and (head := self.map.head_weight) is not None:
-            names.append(head.name)
-        tensors = (self.spec.tensors[name] for name in names if name is not None)
-        return [
-            t for t in tensors if t.alias_of is None and len(t.shape) == 2 and t.is_float and t.quant_format is None
-        ]
+        """The tables of tokens that have no codes yet."""
+        return [tensor for tensor in self.map.tables if tensor.quant_format is None]
 
     @property
     def table_bytes(self) -> int:

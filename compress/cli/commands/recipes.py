@@ -115,6 +115,7 @@ def plan(
     from compress.checkpoint.open import open_headers
     from compress.cli import tables
     from compress.planning import make_plan
+    from compress.planning.hints import hints
 
     recipe = load_or_make(path, sets, preset, output, offline)
     with Located(recipe):
@@ -124,7 +125,8 @@ def plan(
             ignore_auto_map=recipe.ignore_auto_map,
             offline=recipe.offline,
         )
-        planned = make_plan(recipe, spec, metadata).to_dict(_rates(recipe, minutes))
+        made = make_plan(recipe, spec, metadata)
+        planned = made.to_dict(_rates(recipe, minutes)) | {"hints": hints(recipe, made)}
     planned["disk_free"] = shutil.disk_usage(_existing(Path(recipe.output))).free
     if json:
         print_json(planned)

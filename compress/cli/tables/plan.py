@@ -36,6 +36,8 @@ def print_plan(plan: Mapping[str, Any]) -> None:
     for row in passes:
         for note in row["notes"]:
             print_line(console, f"{row['name']}: {note}")
+    for hint in plan.get("hints", ()):
+        print_line(console, f"hint: {hint}")
     print_line(console, f"peak memory about {format_bytes(plan['peak_memory'])}")
     _print_time(console, passes, plan["seconds"])
     free = plan["disk_free"]

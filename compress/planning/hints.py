@@ -1,0 +1,112 @@
+"""Hints: what a plan shows that a recipe could do better, from headers alone. Imports no torch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
+
+from compress import passes
+from compress.architectures.model_map import model_map
+from compress.checkpoint.store import Store
+from compress.errors import CompressError
+from compress.evaluation.tasks import is_seq2seq, task_of
+from compress.formatting import format_bytes
+from compress.passes.cast.settings import CastSettings
+from compress.planning.make import plan_pass
+from compress.planning.plan import Plan, PlannedPass
+from compress.planning.sizes import planned_size
+from compress.spec.spec import FLOAT_DTYPES, Tensor
+
+if TYPE_CHECKING:
+    from compress.recipe import Recipe
+
+#: Share of the result from which tables, or floats, are worth a hint, and by which a store must differ.
+_TABLES, _FLOATS, _STORES = 0.3, 0.5, 0.15
+
+
+def hints(recipe: Recipe, plan: Plan) -> list[str]:
+    """A sentence for each thing that a recipe could do better: tables, 32-bit floats, the store, evaluation, gates."""
+    tables = list(_tables(recipe, plan))
+    return [*tables, *([] if tables else _floats(plan)), *_stores(plan), *_measured(recipe, plan)]
+
+
+def _last(plan: Plan) -> PlannedPass:
+    return plan.stages[-1].passes[-1]
+
+
+def _tables(recipe: Recipe, plan: Plan) -> Iterator[str]:
+    """Tables of tokens that are a large part of the result, with what codes for them would leave."""
+    last = _last(plan)
+    tables = [t for t in model_map(last.spec).tables if t.quant_format is None]
+    size = sum(tensor.dense_bytes for tensor in tables)
+    if not tables or size < _TABLES * last.size.bytes or not isinstance(last.settings, CastSettings):
+        return
+    if not last.settings.coded:
+        return
+    names = " and ".join(tensor.module for tensor in tables)
+    text = f"{format_bytes(size)} of {format_bytes(last.size.bytes)} is {names} ({_words(tables)})"
+    ways: list[tuple[str, Store, str]] = [("int8", "compact", "with `store: compact`")]
+    if any(tensor.dtype == "F32" for tensor in tables):
+        ways.append(("bf16", plan.store, f"with `store: {plan.store}`"))
+    tried = []
+    for format_, store, words in ways:
+        bytes_ = _with_override(recipe, plan, tables, format_, store)
+        if bytes_ is not None and bytes_ < last.size.bytes:
+            override = ", ".join(f"{tensor.module}: {format_}" for tensor in tables)
+            tried.append(f"`overrides: {{{override}}}` {words} leaves {format_bytes(bytes_)}")
+    if tried:
+        yield f"{text}: {'; '.join(tried)}"
+
+
+def _with_override(recipe: Recipe, plan: Plan, tables: Sequence[Tensor], format_: str, store: Store) -> int | None:
+    """Bytes of the result if the last cast gave the tables that format, in a store; None where it does not work."""
+    planned = [p for stage in plan.stages for p in stage.passes]
+    before = planned[-2].spec if len(planned) > 1 else plan.original_spec
+    settings, instance = planned[-1].settings, passes.get("cast")
+    update = {"overrides": {**{tensor.module: format_ for tensor in tables}, **settings.overrides}}
+    given = [name for name in ("training", "calibration", "evaluation") if getattr(recipe.data, name) is not None]
+    unset = {"fused_experts": None, "convolutions": None} if store != plan.store else {}
+    try:
+        settings = instance.completed(settings.model_copy(update=update | unset), given, store)
+        return planned_size(plan_pass(before, instance, settings, store), store, recipe.max_shard_size).bytes
+    except CompressError:
+        return None
+
+
+def _floats(plan: Plan) -> Iterator[str]:
+    """32-bit floats that are most of the result."""
+    last = _last(plan)
+    wide = sum(t.dense_bytes for t in last.spec.stored() if t.dtype == "F32" and t.quant_format is None)
+    if wide >= _FLOATS * last.size.bytes:
+        yield (
+            f"{format_bytes(wide)} of {format_bytes(last.size.bytes)} is 32-bit floats: "
+            "`- cast: {weights: bf16}` halves them"
+        )
+
+
+def _stores(plan: Plan) -> Iterator[str]:
+    """The other store, where it is much smaller, or where it costs nothing and every loader reads it."""
+    last = _last(plan)
+    if last.other_store is None:
+        return
+    ours, other = last.size.bytes, last.other_store.bytes
+    if plan.store == "stock" and other < (1 - _STORES) * ours:
+        yield f"`store: compact` leaves {format_bytes(other)}; its result brings its own modelling file"
+    if plan.store == "compact" and other <= ours:
+        yield "`store: stock` takes no more bytes, and every loader reads it"
+
+
+def _measured(recipe: Recipe, plan: Plan) -> Iterator[str]:
+    """Evaluation and gates that are not there."""
+    structure = plan.original_spec.structure
+    task = task_of(structure.class_name)
+    known = (structure.class_name or "").endswith(task.suffixes) and not is_seq2seq(structure)
+    if recipe.data.evaluation is None and known and "text" in task.takes:
+        yield "nothing is measured: add `data: {evaluation: default}`, or text of your own"
+    elif recipe.data.evaluation is not None and not recipe.gates.given():
+        yield "no gates: the result is published whatever it loses"
+
+
+def _words(tables: Sequence[Tensor]) -> str:
+    """Dtypes of tensors, such as ``float32``."""
+    return ", ".join(dict.fromkeys(FLOAT_DTYPES[tensor.dtype] for tensor in tables))
