@@ -7,7 +7,7 @@ BIN    := $(VENV)/bin
 WORKERS ?= 2
 STAMP  := $(VENV)/.ready
 
-.PHONY: setup quickstart test test-unit test-all check bench bench-prune bench-distill bench-recover bench-share bench-structured bench-depth bench-minutes bench-cast bench-effort bench-versus bench-peers bench-scale bench-memory bench-gpu bench-rounded bench-attention families same-bytes docs clean
+.PHONY: setup quickstart test test-unit test-browser test-all check bench bench-prune bench-distill bench-recover bench-share bench-structured bench-depth bench-minutes bench-cast bench-effort bench-versus bench-peers bench-scale bench-memory bench-gpu bench-rounded bench-attention families same-bytes docs clean
 
 setup: $(STAMP)
 
@@ -29,6 +29,16 @@ test: $(STAMP)
 # those that need no model, while you write
 test-unit: $(STAMP)
 	$(BIN)/python -m pytest -q -m 'unit and not slow' $(ARGS)
+
+# the page of a report in a real browser: Debian's `chromium`; screenshots are put into build/browser
+test-browser: $(STAMP) build/browser/axe.min.js
+	COMPRESS_BROWSER=1 $(BIN)/python -m pytest -q -m browser tests/browser $(ARGS)
+
+build/browser/axe.min.js:
+	mkdir -p $(@D)
+	curl -fsSL https://registry.npmjs.org/axe-core/-/axe-core-4.14.1.tgz -o $(@D)/axe.tgz
+	echo "e6b0ce02b84d892e2e33e403485e7f3d6c29e2be6df65daf44d89ba564139745  $(@D)/axe.tgz" | sha256sum -c --quiet
+	tar xzf $(@D)/axe.tgz -C $(@D) --strip-components=1 package/axe.min.js
 
 test-all: $(STAMP)
 	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -q --hypothesis-profile nightly $(ARGS)

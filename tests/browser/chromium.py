@@ -6,6 +6,7 @@ https://chromedevtools.github.io/devtools-protocol/
 from __future__ import annotations
 
 import base64
+import fcntl
 import json
 import os
 import shutil
@@ -23,6 +24,13 @@ def browser() -> str | None:
     return next((path for name in NAMES if (path := shutil.which(name))), None)
 
 
+def _as_3_and_4(read: int, write: int) -> None:
+    """Make two descriptors 3 and 4, from which the browser reads commands and to which it answers."""
+    read, write = (fcntl.fcntl(each, fcntl.F_DUPFD, 10) for each in (read, write))
+    os.dup2(read, 3)
+    os.dup2(write, 4)
+
+
 class Page:
     """One page of one browser. ``events``: what the browser has reported, by method and parameters."""
 
@@ -31,9 +39,10 @@ class Page:
         assert path is not None
         read, self._to = os.pipe()
         self._from, write = os.pipe()
-        # the browser reads commands from descriptor 3 and answers on 4
-        command = ["sh", "-c", f'exec "$0" "$@" 3<&{read} 4>&{write}', path, *_OPTIONS, f"--user-data-dir={profile}"]
-        self._process = subprocess.Popen(command, pass_fds=(read, write), stderr=subprocess.DEVNULL)
+        command = [path, *_OPTIONS, f"--user-data-dir={profile}"]
+        self._process = subprocess.Popen(
+            command, pass_fds=(3, 4), stderr=subprocess.DEVNULL, preexec_fn=lambda: _as_3_and_4(read, write)
+        )
         os.close(read)
         os.close(write)
         self._buffer, self._number = b"", 0
