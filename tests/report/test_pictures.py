@@ -14,7 +14,7 @@ from compress.report.details import sections
 from compress.report.pictures.blocks import block_bars
 from compress.report.pictures.gates import gate_strip
 from compress.report.pictures.lines import draw, losses_chart
-from compress.report.pictures.svg import inline, log_marks, standalone, ticks
+from compress.report.pictures.svg import inline, log_marks, mark_text, standalone, ticks
 
 SPACE = "{http://www.w3.org/2000/svg}"
 TRAINING = {
@@ -51,6 +51,8 @@ def test_ticks_are_round_and_cover_the_range():
     assert ticks(0.19, 0.34) == [0.15, 0.2, 0.25, 0.3, 0.35]
     assert ticks(0, 40) == [0, 10, 20, 30, 40]
     assert len(ticks(3.0, 3.0)) >= 1
+    assert [mark_text([10.385, 10.39, 10.395])(mark) for mark in (10.39, 10.395)] == ["10.390", "10.395"]
+    assert mark_text([0, 20, 40])(1000) == "1,000"
     assert log_marks(0.03, 1.5) == pytest.approx([0.02, 0.05, 0.1, 0.2, 0.5, 1, 2])
 
 

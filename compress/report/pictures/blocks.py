@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Collection, Sequence
 
-from compress.report.pictures.svg import WIDTH, Picture, Scale, heading, shown, text, ticks, width_of, y_axis
+from compress.report.pictures.svg import WIDTH, Picture, Scale, heading, mark_text, shown, text, ticks, width_of, y_axis
 
 _HEIGHT, _LEFT, _RIGHT, _TOP, _BOTTOM = 240, 72, 16, 40, 48
 
@@ -20,8 +20,8 @@ def block_bars(
     marks = ticks(0, max(value for _, value in known))
     y = Scale(0, marks[-1], _HEIGHT - _BOTTOM, _TOP)
     width = (WIDTH - _LEFT - _RIGHT) / len(known)
-    every = 1 + int(max(width_of(name) for name, _ in known) / width)
-    parts = [heading(title), *y_axis(y, marks, lambda value: f"{value:.4g}", WIDTH - _RIGHT, _LEFT)]
+    every = 1 + int(max(width_of(name) + 6 for name, _ in known) / width)
+    parts = [heading(title), *y_axis(y, marks, mark_text(marks), WIDTH - _RIGHT, _LEFT)]
     for number, (name, value) in enumerate(known):
         left = _LEFT + width * number
         place = (

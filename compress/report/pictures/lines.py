@@ -9,15 +9,22 @@ from typing import Any, Literal
 
 from compress.formatting import format_bytes, seconds_text
 from compress.report.lengths import cache_bytes_at
-from compress.report.pictures.svg import WIDTH, Picture, Scale, heading, log_marks, text, ticks, width_of, y_axis
+from compress.report.pictures.svg import (
+    WIDTH,
+    Picture,
+    Scale,
+    heading,
+    log_marks,
+    mark_text,
+    text,
+    ticks,
+    width_of,
+    y_axis,
+)
 
 _HEIGHT, _LEFT, _RIGHT, _TOP, _BOTTOM = 290, 72, 16, 64, 44
 #: Unit of a quantity ▶ its text at an axis.
-_TEXTS: Mapping[str, Callable[[float], str]] = {
-    "nats": lambda x: f"{x:.4g}",
-    "seconds": seconds_text,
-    "bytes": format_bytes,
-}
+_TEXTS: Mapping[str, Callable[[float], str]] = {"seconds": seconds_text, "bytes": format_bytes}
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,7 +96,7 @@ def draw(chart: Chart) -> Picture:
     if low == high:
         high = low * 2 if chart.log else low + 1
     y = Scale(low, high, _HEIGHT - _BOTTOM, _TOP, 10 if chart.log else None)
-    parts = [heading(chart.title), *y_axis(y, marks, _TEXTS[chart.unit], WIDTH - _RIGHT, _LEFT)]
+    parts = [heading(chart.title), *y_axis(y, marks, _TEXTS.get(chart.unit) or mark_text(marks), WIDTH - _RIGHT, _LEFT)]
     parts += [text(x(place), _HEIGHT - _BOTTOM + 18, f"{place:,.0f}", anchor="middle") for place in places]
     parts.append(text(WIDTH - _RIGHT, _HEIGHT - 8, chart.of, anchor="end"))
     place = float(_LEFT)

@@ -156,6 +156,13 @@ def ticks(low: float, high: float) -> list[float]:
     return [round(i * step, 12) for i in range(first, final + 1)]
 
 
+def mark_text(marks: Sequence[float]) -> Callable[[float], str]:
+    """Text of equally spaced marks, with the decimals that their step needs."""
+    step = marks[1] - marks[0] if len(marks) > 1 else abs(marks[0]) or 1.0
+    decimals = max(0, -math.floor(math.log10(step) + 1e-9))
+    return lambda value: f"{value:,.{decimals}f}"
+
+
 def log_marks(low: float, high: float) -> list[float]:
     """Powers of ten from just below the lowest to just above the highest, with 2 and 5 between them where they would be few."""
     low, high = math.log10(low), math.log10(high)

@@ -9,7 +9,19 @@ from typing import Any
 from compress.formatting import format_bytes
 from compress.report import figures
 from compress.report.figures import Step
-from compress.report.pictures.svg import WIDTH, Picture, Scale, cut, heading, stacked, text, ticks, width_of, y_axis
+from compress.report.pictures.svg import (
+    WIDTH,
+    Picture,
+    Scale,
+    cut,
+    heading,
+    mark_text,
+    stacked,
+    text,
+    ticks,
+    width_of,
+    y_axis,
+)
 
 _HEIGHT, _LEFT, _RIGHT, _TOP, _BOTTOM = 290, 72, 24, 56, 52
 _ROW, _MARGIN = 62, 12
@@ -38,7 +50,7 @@ def size_and_quality(report: Mapping[str, Any]) -> Picture | None:
     x = Scale(0, sizes[-1], _LEFT, WIDTH - _RIGHT)
     better = "lower" if metric.lower else "higher"
     parts = [heading("size against quality"), text(_MARGIN, 42, f"{metric.title} ({better} is better)")]
-    parts += y_axis(y, marks, lambda value: f"{value:.4g}", WIDTH - _RIGHT, _LEFT)
+    parts += y_axis(y, marks, mark_text(marks), WIDTH - _RIGHT, _LEFT)
     for mark in sizes:
         anchor = "end" if mark == sizes[-1] else "middle"
         parts.append(text(x(mark), _HEIGHT - _BOTTOM + 20, format_bytes(mark), anchor=anchor))
