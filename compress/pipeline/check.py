@@ -11,6 +11,7 @@ from compress.data.kinds import holds_ids
 from compress.evaluation.tasks import task_of
 from compress.files import expanded
 from compress.pipeline.datasets import DataSets
+from compress.pipeline.hub_data import check_hub_data, with_hub_data
 from compress.pipeline.preflight import (
     check_chats,
     check_folders,
@@ -66,6 +67,7 @@ def check(recipe: Recipe, *, data: bool = False) -> CheckResult:
     with Located(recipe):
         check_folders(recipe)
         check_sets(recipe)
+        check_hub_data(recipe)
         if local.exists():
             spec, metadata = open_headers(
                 local, trust_remote_code=recipe.trust_remote_code, ignore_auto_map=recipe.ignore_auto_map
@@ -87,6 +89,7 @@ def _read_data(recipe: Recipe, structure: Structure | None, everything: bool) ->
     Raises:
         DataError: the model does not have a label of the data, or evaluation and passes share text.
     """
+    recipe = with_hub_data(recipe) if everything else recipe
     data, evaluation = DataSets(recipe, expanded(recipe.reference), structure), recipe.data.evaluation
     if structure is not None and evaluation is not None and evaluation.given != "text":
         data.documents("evaluation")

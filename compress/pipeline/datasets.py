@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from compress.checkpoint.files import read_json
 from compress.checkpoint.sidecars import safe_file
+from compress.data.default_text import named
 from compress.data.disjoint import check_disjoint
 from compress.data.documents import Document, read_documents
 from compress.data.documents import fingerprint as fingerprint_files
@@ -31,6 +32,10 @@ if TYPE_CHECKING:
     from compress.data.batches import Batches
     from compress.recipe import Recipe
     from compress.spec.spec import Spec, Structure
+
+
+#: Settings that say where data are; fingerprints have their contents.
+_PLACES = {"files", "images", "speech", "dataset", "subset", "split", "rows"}
 
 
 def read_section(
@@ -127,6 +132,13 @@ class DataSets:
         section = getattr(self.recipe.data, name, None)
         return () if section is None else section.files or (section.folder or section.sounds,)
 
+    def names(self, name: str) -> list[str]:
+        """Names of a set's files for reports: `default` for the shipped text, of a data set of the hub its id and split."""
+        section = getattr(self.recipe.data, name)
+        if section.dataset is not None:
+            return [f"{section.dataset}:{section.split}"]
+        return [named(file) for file in self.files(name)]
+
     def documents(self, name: str) -> list[Document]:
         """Documents of a set, in order."""
         if name not in self._documents:
@@ -143,7 +155,7 @@ class DataSets:
         """Fingerprint of the files' contents and of every setting that picks samples from them."""
         if name not in self._hashes:
             section = getattr(self.recipe.data, name)
-            settings = section.model_dump(mode="json", exclude={"files", "images", "speech"})
+            settings = section.model_dump(mode="json", exclude=_PLACES)
             print_of = fingerprint_images if section.sounds is None else fingerprint_speech
             content = fingerprint_files(section.files) if section.files else print_of(self.documents(name))
             self._hashes[name] = fingerprint([content, settings, self.recipe.document_separator])

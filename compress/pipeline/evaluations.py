@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any
 from compress import passes
 from compress.checkpoint.open import Stored, open_checkpoint
 from compress.checkpoint.running import emulated
-from compress.data.default_text import named
 from compress.data.kinds import holds_ids
 from compress.evaluation.latency_settings import LatencySettings
 from compress.evaluation.scorer import Scorer
@@ -164,7 +163,7 @@ class Evaluations:
         summary: dict[str, Any] = {"evaluation": None, "calibration": None}
         if self.original is not None:
             summary["evaluation"] = {
-                "files": [named(file) for file in self.data.files("evaluation")],
+                "files": self.data.names("evaluation"),
                 "sha256": self.data.fingerprint("evaluation"),
                 "documents": len(self.original["documents"]),
                 "unit": self.original["unit"],
@@ -173,7 +172,7 @@ class Evaluations:
             section = self.recipe.data.calibration
             assert section is not None
             summary["calibration"] = {
-                "files": [named(file) for file in files],
+                "files": self.data.names("calibration"),
                 "sha256": self.data.fingerprint("calibration"),
                 "mode": "ids" if holds_ids(files[0]) else section.mode,
                 "seed": self.recipe.seed,

@@ -16,7 +16,6 @@ from compress.data.batches import check_positions, used_shape
 from compress.data.documents import Document, check_columns, fingerprint
 from compress.data.kinds import FIELD_KINDS, holds_ids, kind
 from compress.data.rendering import no_template
-from compress.data.row_templates import template_columns
 from compress.data.token_ids import check_shape, ids_in
 from compress.errors import CompressError, DataError, PassError, ReportError, ResourceError
 from compress.evaluation.tasks import LANGUAGE, OF_PASSES, TEXT_METRICS, check_streaming, task_of
@@ -141,7 +140,7 @@ def check_sets(recipe: Recipe) -> None:
     for name in _SETS:
         if (section := getattr(recipe.data, name)) is not None:
             small = [file for file in section.files if kind(file) in FIELD_KINDS and _size(file) <= _LARGE]
-            check_columns(small, _columns(section))
+            check_columns(small, section.named_columns)
     evaluation = recipe.data.evaluation
     if evaluation is None:
         return
@@ -193,20 +192,9 @@ def check_chats(folder: Path, documents: Sequence[Document]) -> None:
         raise no_template(chat)
 
 
-def _columns(section: TextFiles) -> dict[str, str]:
-    """The columns that a section reads, each with the setting that names it."""
-    if section.template is not None:
-        return dict.fromkeys(template_columns(section.template), "template")
-    text: Any = getattr(section, "text", None)
-    label: str | None = getattr(section, "label", None)
-    if text is None and label is None:
-        return {section.field: "field"}
-    return dict.fromkeys(text or (section.field,), "text") | ({} if label is None else {label: "label"})
-
-
 def _read(section: TextFiles) -> tuple[str | None, list[str]]:
     """The template and columns that make the text of a row."""
-    return section.template, [column for column, setting in _columns(section).items() if setting != "label"]
+    return section.template, [column for column, setting in section.named_columns.items() if setting != "label"]
 
 
 def _twins(files: tuple[str, ...], others: tuple[str, ...]) -> Iterator[tuple[str, str]]:

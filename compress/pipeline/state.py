@@ -17,6 +17,7 @@ from compress.files import place
 from compress.pipeline.datasets import DataSets
 from compress.pipeline.fingerprint import fingerprint, hash_input, stage_fingerprint, versions
 from compress.pipeline.folder import RunFolder
+from compress.pipeline.hub_data import check_hub_data, with_hub_data
 from compress.pipeline.machine import resolve_device
 from compress.pipeline.preflight import check_folders, check_plan, check_sets, check_window
 from compress.planning import PlannedPass, PlannedStage, make_plan
@@ -63,7 +64,7 @@ class Run:
         assert self.original.folder is not None
         spec = self.original.spec
         self.notes += spec.notes
-        self.recipe = recipe = recipe.fitted(task_of(spec.structure.class_name))
+        self.recipe = recipe = with_hub_data(recipe).fitted(task_of(spec.structure.class_name))
         self.data = DataSets(recipe, self.original.folder, spec.structure, model_map(spec).positions)
         self.plan = make_plan(recipe, spec, self.original.metadata)
         if (note := self._targets_note()) is not None:
@@ -86,6 +87,7 @@ class Run:
         """Open, plan, and refuse a recipe that cannot run, before any work. Raises `CompressError`."""
         check_folders(self.recipe)
         check_sets(self.recipe)
+        check_hub_data(self.recipe)
         self.open()
         check_plan(self.recipe, self.plan)
         check_window(self.recipe, self.original.spec)

@@ -169,7 +169,7 @@ def missing_files(root: MapNode) -> Iterator[Problem]:
                 continue
             if text and not (path := _local(text)).is_file():
                 what = "is a folder, not a text file" if path.is_dir() else "there is no such file"
-                yield Problem(f"{text}: {what}", item.place, ("data", name, "files", i), _near(path))
+                yield Problem(f"{text}: {what}", item.place, ("data", name, "files", i), _near_file(text, path))
             elif text and (wrong := refusal(text, ids=name != "evaluation")):
                 yield Problem(f"{text}: {wrong}", item.place, ("data", name, "files", i))
     if text := text_of(root.get("model")):
@@ -187,6 +187,12 @@ def _local(text: str) -> Path:
         return Path(text).expanduser()
     except RuntimeError:  # ~name of nobody
         return Path(text)
+
+
+def _near_file(text: str, path: Path) -> str | None:
+    """A hint for a missing file: a name like that of a data set on the hub has a key of its own."""
+    like_an_id = "/" in text and not path.suffix and not path.parent.exists() and is_hub_id(text)
+    return f"for a data set of the hub write `dataset: {text}`" if like_an_id else _near(path)
 
 
 def _near(path: Path) -> str | None:

@@ -24,6 +24,11 @@ Text = Annotated[str, Field(min_length=1)]
 Files = Annotated[tuple[Text, ...], Field(min_length=1)]
 
 
+def _reads_text(fields: dict[str, Any]) -> bool:
+    """Whether text is read, by the fields ``dataset`` and ``files``: not token ids, images or sounds."""
+    return fields["dataset"] is not None or bool(fields["files"] and not holds_ids(fields["files"][0]))
+
+
 def _listed(value: Any) -> Any:
     return (value,) if isinstance(value, str) else tuple(value) if isinstance(value, list) else value
 
@@ -57,8 +62,8 @@ _OF_TEXT = {
     "stride": None,
     "streaming": False,
 }
-_FILES_OR_IMAGES: Any = {"oneOf": [{"required": ["files"]}, {"required": ["images"]}]}
-_FILES_OR_FOLDERS: Any = {"oneOf": [{"required": [name]} for name in ("files", "images", "speech")]}
+_FILES_OR_IMAGES: Any = {"oneOf": [{"required": [name]} for name in ("files", "dataset", "images")]}
+_FILES_OR_FOLDERS: Any = {"oneOf": [{"required": [name]} for name in ("files", "dataset", "images", "speech")]}
 
 
 class TextFiles(Settings):
@@ -66,6 +71,16 @@ class TextFiles(Settings):
 
     data_set: ClassVar[str] = ""
 
+    dataset: Text | None = Field(
+        default=None,
+        description="Instead of `files`: id of a data set on the Hugging Face hub, optionally with @revision. It needs "
+        "`pip install 'compress-toolkit[hub]'`. Rows are downloaded once, and kept in the cache of this machine.",
+    )
+    subset: Text | None = Field(
+        default=None, description="With `dataset`: name of a subset (configuration), where it has several."
+    )
+    split: Text = Field(default="train", description="With `dataset`: split to read.")
+    rows: int = Field(default=2000, ge=1, description="With `dataset`: number of rows to read, the first of the split.")
     files: Files = Field(description=f"{_KINDS}.")
     field: Text = Field(
         default=FIELD,
@@ -95,10 +110,27 @@ class TextFiles(Settings):
         speech: str | None = getattr(self, "speech", None)
         return speech
 
+    @property
+    def named_columns(self) -> dict[str, str]:
+        """The columns that are read of a file with fields, each with the setting that names it."""
+        if self.template is not None:
+            return dict.fromkeys(template_columns(self.template), "template")
+        text: Any = getattr(self, "text", None)
+        label: str | None = getattr(self, "label", None)
+        if text is None and label is None:
+            return {self.field: "field"}
+        return dict.fromkeys(text or (self.field,), "text") | ({} if label is None else {label: "label"})
+
     @model_validator(mode="after")
     def _files_or_folder(self) -> Self:
         folder = self.folder or self.sounds
         other = "images" if self.sounds is None else "speech"
+        if self.dataset is not None:
+            if self.files or folder is not None:
+                raise ValueError(f"give one of `files`, `{other}` and `dataset`")
+            return self
+        if odd := next((name for name in ("subset", "split", "rows") if name in self.model_fields_set), None):
+            raise ValueError(f"`{odd}` goes with `dataset`")
         if bool(self.files) == (folder is not None) or (self.folder and self.sounds):
             raise ValueError(f"give either `files` or `{other}`" + (", not both" if self.files else ""))
         given = [name for name, unset in _OF_TEXT.items() if getattr(self, name, unset) != unset]
@@ -115,7 +147,11 @@ class TextFiles(Settings):
             raise ValueError("`text` names the column, so leave out `field`")
         if text is not None and (wrong := next((file for file in self.files if kind(file) not in FIELD_KINDS), None)):
             raise ValueError(f"`text` names a column, and {wrong} has none")
-        if self.field != FIELD and not any(kind(f) in (*FIELD_KINDS, ".safetensors") for f in self.files):
+        if (
+            self.field != FIELD
+            and self.files
+            and not any(kind(f) in (*FIELD_KINDS, ".safetensors") for f in self.files)
+        ):
             raise ValueError(f"`field` names one of several, and {self.files[0]} has none")
         return self
 
@@ -149,7 +185,7 @@ class Sampled(TextFiles):
         "with `text`, else `packed`.",
     )
     length: int | None = Field(
-        default_factory=lambda fields: None if not fields["files"] or holds_ids(fields["files"][0]) else 256,
+        default_factory=lambda fields: 256 if _reads_text(fields) else None,
         ge=1,
         description="Tokens per sample, by default 256. For token ids: use the first columns only; by default all.",
     )

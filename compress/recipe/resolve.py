@@ -31,6 +31,11 @@ def resolved(recipe: Recipe) -> dict[str, Any]:
         for name, section in values["data"].items()
     }
     for section in values["data"].values():
+        if section["dataset"] is not None:  # its files are those of this machine
+            section.pop("files", None)
+        else:
+            for key in ("dataset", "subset", "split", "rows"):
+                del section[key]
         if "files" in section:
             section["files"] = [named(file) for file in section["files"]]
     values["gates"] = {name: _gate(gate) for name, gate in values["gates"].items()}

@@ -30,7 +30,10 @@ _OF_METRICS = _table(
     similarity="cosine cosine_similarity",
 )
 _OF_FILES = _table(
-    files="dataset datasets path file",
+    files="path file",
+    dataset="datasets dataset_id",
+    subset="dataset_config_name config_name",
+    split="dataset_split",
     samples="num_samples num_calibration_samples nsamples",
     length="max_seq_length max_length sequence_length seq_len seqlen",
     field="column text_column",
@@ -52,7 +55,7 @@ SYNONYMS: Mapping[str, Mapping[str, tuple[str, ...]]] = {
     "data": _table(training="train", calibration="calib calibrate", evaluation="eval valid validation test evaluate"),
     "data.training": {k: v for k, v in _OF_FILES.items() if v != ("samples",)},
     "data.calibration": _OF_FILES,
-    "data.evaluation": _table(window="max_length", max_documents="limit", files="dataset datasets path file"),
+    "data.evaluation": _table(window="max_length", max_documents="limit", files="path file", dataset="datasets"),
     "evaluate": _OF_METRICS | _table(latency="speed time throughput", memory="ram peak_memory vram"),
     "gates": _OF_METRICS
     | _table(

@@ -278,7 +278,7 @@ def test_check_of_data_imports_no_torch(recipe, tmp_path):
         YAML().dump(recipe(), file)
     code = (
         "import sys; from compress.cli.commands import recipes; import pathlib;"
-        f"recipes.check(pathlib.Path({str(tmp_path / 'r.yaml')!r}), [], data=True, resolved=False, json=False);"
+        f"recipes.check([pathlib.Path({str(tmp_path / 'r.yaml')!r})], [], data=True, resolved=False, json=False, form=None);"
         "print([m for m in ('torch', 'transformers', 'numpy') if m in sys.modules])"
     )
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
