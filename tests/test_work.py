@@ -191,7 +191,7 @@ def test_forecast_follows_what_stages_and_blocks_take():
     forecast.stage(3, 3, "other")
     with forecast.task("write", 3) as task:
         task.advance(note="x")
-    forecast.evaluation()
+    forecast.evaluation(3)
     with forecast.task("evaluate", 3, "windows") as task:
         task.advance(note="a.txt")
         now[0] += 30

@@ -10,6 +10,7 @@ from compress.api.guarded import guarded
 from compress.api.sizes import bytes_of
 from compress.files import expanded, place
 from compress.progress import Progress
+from compress.progress.display import chosen
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -72,7 +73,7 @@ def unpack(
     trust_remote_code: bool = False,
     ignore_auto_map: bool = False,
     allow_links: bool = False,
-    progress: Progress | None = None,
+    progress: Progress | bool | None = None,
 ) -> Path:
     """Write the dense stock twin of a compact or quantised checkpoint to ``output``, which must not exist."""
     from compress.checkpoint.edits.twin import dense
@@ -90,14 +91,15 @@ def unpack(
     readme = safe_file(checkpoint.folder, "README.md")
     files = {"README.md": readme.read_bytes()} if readme.is_file() else {}
 
-    write_checkpoint(
-        dense(checkpoint),
-        output,
-        store="stock",
-        max_shard=bytes_of(max_shard_size),
-        extra_files=files,
-        progress=progress,
-    )
+    with chosen(progress) as shown:
+        write_checkpoint(
+            dense(checkpoint),
+            output,
+            store="stock",
+            max_shard=bytes_of(max_shard_size),
+            extra_files=files,
+            progress=shown,
+        )
     return output
 
 

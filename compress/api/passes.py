@@ -11,6 +11,7 @@ from compress.api.sizes import bytes_of
 from compress.errors import CompressError, DataError
 from compress.files import place
 from compress.progress import Progress
+from compress.progress.display import chosen
 
 if TYPE_CHECKING:
     import torch
@@ -47,7 +48,7 @@ def apply(
     trust_remote_code: bool = False,
     ignore_auto_map: bool = False,
     allow_links: bool = False,
-    progress: Progress | None = None,
+    progress: Progress | bool | None = None,
     details: dict[str, Any] | None = None,
     **settings: Any,
 ) -> Path:
@@ -58,8 +59,8 @@ def apply(
         data: for calibration or training: text files, a file or tensor of token ids [samples, length], or a folder of images
             for each class; for calibration also a folder of .wav files, or arguments of the model's forward by name, samples
             first. ``field`` to ``length`` are keys of a recipe's ``data`` sections; they also cut a tensor.
-        details: is filled with the pass's part of a report. A training that did not help leaves the weights unchanged and
-            warns unless ``allow_noop`` is set; see ``details["training"]["helped"]``.
+        progress: as of `compress.run`. details: is filled with the pass's part of a report. A training that did not help
+            leaves the weights unchanged and warns unless ``allow_noop`` is set; see ``details["training"]["helped"]``.
 
     Returns:
         ``output`` as a path.
@@ -71,7 +72,6 @@ def apply(
 
     from compress.passes.distill.plan import unhelped
     from compress.pipeline.apply import apply_pass
-    from compress.progress import SilentProgress
 
     section = {"field": field, "text": text, "template": template, "mode": mode, "samples": samples, "length": length}
     recipe, given = _recipe_of_one(name, settings, data, {**section, "label": label}, {
@@ -79,7 +79,8 @@ def apply(
         "max_shard_size": bytes_of(max_shard_size), "document_separator": document_separator,
         "trust_remote_code": trust_remote_code, "ignore_auto_map": ignore_auto_map, "allow_links": allow_links,
     })  # fmt: skip
-    facts = apply_pass(recipe, progress or SilentProgress(), given)
+    with chosen(progress) as shown:
+        facts = apply_pass(recipe, shown, given)
     if details is not None:
         details.update(facts)
     if (note := unhelped(name, facts.get("training", {}))) and not recipe.passes[0].settings.allow_noop:

@@ -10,6 +10,7 @@ from compress.api.documents import EvaluatedCheckpoint
 from compress.api.guarded import guarded
 from compress.api.recipes import read_recipe
 from compress.progress import Progress
+from compress.progress.display import chosen
 
 if TYPE_CHECKING:
     from compress.pipeline.baseline import EvaluationSettings
@@ -40,7 +41,7 @@ def evaluate(
     ignore_auto_map: bool = False,
     allow_links: bool = False,
     offline: bool = False,
-    progress: Progress | None = None,
+    progress: Progress | bool | None = None,
 ) -> EvaluatedCheckpoint:
     """Measure a checkpoint as a recipe would; with a baseline, compare it with another one.
 
@@ -68,11 +69,12 @@ def evaluate(
         stride=stride, streaming=streaming, max_documents=max_documents, device=device, dtype=dtype,
         quantized_kv_cache=quantized_kv_cache,
     )  # fmt: skip
-    document = evaluate_checkpoint(
-        with_links(checkpoint, allow_links), settings,
-        baseline=None if baseline is None else with_links(baseline, allow_links), confidence=confidence,
-        trust_remote_code=trust_remote_code, ignore_auto_map=ignore_auto_map, offline=offline, progress=progress,
-    )  # fmt: skip
+    with chosen(progress) as shown:
+        document = evaluate_checkpoint(
+            with_links(checkpoint, allow_links), settings,
+            baseline=None if baseline is None else with_links(baseline, allow_links), confidence=confidence,
+            trust_remote_code=trust_remote_code, ignore_auto_map=ignore_auto_map, offline=offline, progress=shown,
+        )  # fmt: skip
     return EvaluatedCheckpoint(document)
 
 
@@ -108,7 +110,7 @@ def gate(
     ignore_auto_map: bool = False,
     allow_links: bool = False,
     offline: bool = False,
-    progress: Progress | None = None,
+    progress: Progress | bool | None = None,
 ) -> Judgement:
     """Judge the report of a run, or a checkpoint against a baseline. A failed gate raises nothing.
 
@@ -128,14 +130,15 @@ def gate(
     from compress.checkpoint.sidecars import with_links
     from compress.pipeline.gate import gate as judge
 
-    return judge(
-        with_links(subject, allow_links),
-        baseline=None if baseline is None else with_links(baseline, allow_links),
-        recipe=None if recipe is None else read_recipe(recipe),
-        gates=gates,
-        confidence=confidence,
-        trust_remote_code=trust_remote_code,
-        ignore_auto_map=ignore_auto_map,
-        offline=offline,
-        progress=progress,
-    )
+    with chosen(progress) as shown:
+        return judge(
+            with_links(subject, allow_links),
+            baseline=None if baseline is None else with_links(baseline, allow_links),
+            recipe=None if recipe is None else read_recipe(recipe),
+            gates=gates,
+            confidence=confidence,
+            trust_remote_code=trust_remote_code,
+            ignore_auto_map=ignore_auto_map,
+            offline=offline,
+            progress=shown,
+        )

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from compress.api.guarded import guarded
+from compress.progress.display import chosen
 
 if TYPE_CHECKING:
     from compress.pipeline.check import CheckResult
@@ -32,7 +33,7 @@ def run(
     sets: Sequence[str] = (),
     fresh: bool = False,
     publish_anyway: bool = False,
-    progress: Progress | None = None,
+    progress: Progress | bool | None = None,
 ) -> RunResult:
     """Run a recipe. A failed gate raises nothing; ``result.verdict`` holds it.
 
@@ -40,7 +41,8 @@ def run(
         recipe: path of a YAML file, or a mapping with the same keys.
         sets: overrides, as ``--set``: ``passes.0.cast.weights=fp16``.
         fresh: compute every stage anew. publish_anyway: publish even where a gate fails.
-        progress: receives what happens; see `compress.progress.Progress`. Nothing is shown by default.
+        progress: True shows it on stderr, or as bars in a notebook, where that is the default. Or an object of your own that
+            receives what happens, see `compress.progress.Progress`.
 
     Returns:
         A `compress.pipeline.results.RunResult`: ``checkpoint`` (Path), ``report`` (dict, schema ``compress.report/1``),
@@ -53,8 +55,8 @@ def run(
     from compress.recipe.located import Located
 
     loaded, path = read_recipe(recipe, sets), None if isinstance(recipe, Mapping) else str(recipe)
-    with Located(loaded):
-        return run_recipe(loaded, fresh=fresh, publish_anyway=publish_anyway, progress=progress, recipe_path=path)
+    with Located(loaded), chosen(progress) as shown:
+        return run_recipe(loaded, fresh=fresh, publish_anyway=publish_anyway, progress=shown, recipe_path=path)
 
 
 @guarded

@@ -77,8 +77,9 @@ class Forecast:
         self._inner.stage(index, total, title)
         self._begin(index)
 
-    def evaluation(self) -> None:
-        """Begin the evaluation, after all stages."""
+    def evaluation(self, parts: int) -> None:
+        """Begin the evaluation, after all stages. ``parts``: the stages and the evaluation."""
+        self._inner.stage(parts, parts, "evaluation")
         self._begin(max(self._predicted, default=self._now + 1))
 
     def _begin(self, index: int) -> None:

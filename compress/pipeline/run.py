@@ -29,6 +29,7 @@ from compress.planning import Plan, size_on_disk
 from compress.progress import Progress, SilentProgress
 from compress.recipe import resolved
 from compress.report import append_step_summary
+from compress.work import minutes_text
 
 if TYPE_CHECKING:
     from compress.recipe import Recipe
@@ -76,8 +77,11 @@ def _run(run: Run, publish_anyway: bool, recipe_path: str | None) -> RunResult:
             return RunResult(run.output, RunReport(done), done["status"], done["exit_status"], True, nothing_to_do=True)
         rows = run_stages(run)
         evaluations = Evaluations(run.recipe, run.data, run.folder, run.device, run.progress, run.fresh)
+        measuring = time.perf_counter()
         evaluations.add(run.original, rows)
         verdict = _judge(run, evaluations, rows)
+        if run.measures:
+            run.progress.message(f"✓ evaluation: {minutes_text(time.perf_counter() - measuring)}")
         published = verdict.exit_status == EXIT_OK or publish_anyway
         report = RunReport(
             {

@@ -21,6 +21,7 @@ from compress.checkpoint.values import Checkpoint, Derived
 from compress.checkpoint.write import Written, write_checkpoint
 from compress.errors import CompressError, PassError, ResourceError, is_lack, one_line
 from compress.files import remove
+from compress.formatting import format_bytes
 from compress.memory import available_memory, peak_memory, reset_peak, resident_memory
 from compress.passes.details import PassDetails
 from compress.pipeline.forecast import Forecast, predicted_seconds
@@ -29,6 +30,7 @@ from compress.pipeline.workers import Job, dispatch
 from compress.planning import PlannedPass, PlannedStage, Size, planned_size, size_on_disk
 from compress.recipe.resolve import plain_settings
 from compress.spec.spec import Spec
+from compress.work import minutes_text
 
 
 def run_stages(run: Run) -> list[dict[str, Any]]:
@@ -56,19 +58,20 @@ def run_stages(run: Run) -> list[dict[str, Any]]:
     run.progress = forecast = Forecast(run.progress, dict(run.predicted))
     for stage, print_, key, row in zip(run.plan.stages, prints, run.keys, known, strict=True):
         title = " + ".join(p.name for p in stage.passes)
-        run.progress.stage(stage.index, len(run.plan.stages), title)
-        if reused := row is not None:
-            run.progress.message(f"{title}: reused from an earlier run")
-        else:
+        run.progress.stage(stage.index, run.parts, title)
+        if not (reused := row is not None):
             run.folder.drop(key)
             with refused(before.spec, title):
                 row = _resume(run, stage, before, print_, key)
         assert row is not None
         before = open_checkpoint(run.folder.stages / key, trust_remote_code=run.recipe.trust_remote_code)
         row["size"] = row["passes"][-1]["actual"] = asdict(size_on_disk(before))  # as it is, whatever a record says
+        told = "reused from an earlier run" if reused else minutes_text(sum(row["seconds"].values()))
+        run.progress.message(f"✓ {title}: {told}, {format_bytes(row['size']['bytes'])}")
         run.files = row.pop("files")
         rows.append({**row, "reused": reused, "folder": str(run.folder.stages / key)})
-    forecast.evaluation()
+    if run.measures:
+        forecast.evaluation(run.parts)
     return rows
 
 

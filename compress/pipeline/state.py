@@ -57,6 +57,16 @@ class Run:
         self.folder = RunFolder.of(self.output)
         self.device = resolve_device(self.recipe.device)
 
+    @property
+    def measures(self) -> bool:
+        """Whether anything is measured after the stages."""
+        return bool(self.recipe.metrics)
+
+    @property
+    def parts(self) -> int:
+        """Number of stages, and one for the evaluation if there is one; known once `open` has returned."""
+        return len(self.plan.stages) + self.measures
+
     def open(self) -> None:
         """Open the recipe's model and make the plan. Raises `CompressError` where a pass does not apply."""
         recipe = self.recipe

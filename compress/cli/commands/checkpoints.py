@@ -53,7 +53,8 @@ def unpack(checkpoint: str, output: Path, *, max_shard_size: str, code: Code, qu
     """``compress unpack``."""
     from compress import api
 
-    written = api.unpack(
-        code.place(checkpoint), output, max_shard_size=max_shard_size, progress=progress(quiet), **code.options()
-    )
+    with progress(quiet) as shown:
+        written = api.unpack(
+            code.place(checkpoint), output, max_shard_size=max_shard_size, progress=shown, **code.options()
+        )
     say(f"wrote {written}")

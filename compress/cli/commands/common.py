@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from compress.escape import in_one_line, printable_json
 
 if TYPE_CHECKING:
-    from compress.progress import Progress
+    from compress.progress.display import ShownProgress
     from compress.recipe import Recipe
 
 
@@ -47,9 +47,9 @@ def say(text: str) -> None:
     print(in_one_line(text))
 
 
-def progress(quiet: bool) -> Progress:
-    """Progress on stderr; silent if ``quiet``."""
-    from compress.cli.progress import make_progress
+def progress(quiet: bool) -> ShownProgress:
+    """Progress on stderr, shown while its context is open; silent if ``quiet``."""
+    from compress.progress.display import make_progress
 
     return make_progress(quiet, sys.stderr)
 

@@ -18,13 +18,14 @@ def evaluate(
     from compress import api
     from compress.cli import tables
 
-    document = api.evaluate(
-        code.place(checkpoint),
-        baseline=None if baseline is None else code.place(baseline),
-        **{**settings, **code.options()},
-        offline=offline,
-        progress=progress(quiet),
-    )
+    with progress(quiet) as shown:
+        document = api.evaluate(
+            code.place(checkpoint),
+            baseline=None if baseline is None else code.place(baseline),
+            **{**settings, **code.options()},
+            offline=offline,
+            progress=shown,
+        )
     if json:
         print_json(document)
     else:
@@ -50,16 +51,17 @@ def gate(
     from compress.pipeline.gate import gate as judge
 
     clock = time.perf_counter()
-    judgement = judge(
-        code.place(subject),
-        baseline=None if baseline is None else code.place(baseline),
-        recipe=None if recipe is None else load(recipe, []),
-        gates=gates,
-        confidence=confidence,
-        **code.options(),
-        offline=offline,
-        progress=progress(quiet),
-    )
+    with progress(quiet) as shown:
+        judgement = judge(
+            code.place(subject),
+            baseline=None if baseline is None else code.place(baseline),
+            recipe=None if recipe is None else load(recipe, []),
+            gates=gates,
+            confidence=confidence,
+            **code.options(),
+            offline=offline,
+            progress=shown,
+        )
     if junit is not None:
         text = reports.render_junit(
             {

@@ -32,16 +32,17 @@ def run(
 ) -> None:
     """``compress run``. With ``preset`` the path is that of a model."""
     from compress.cli import tables
-    from compress.pipeline.run import run as run_recipe
 
     with annotated():
         recipe = load_or_make(path, sets, preset, output, offline)
-    with annotated(), Located(recipe):
+    with annotated(), Located(recipe), progress(quiet) as shown:
+        from compress.pipeline.run import run as run_recipe
+
         result = run_recipe(
             recipe,
             fresh=fresh,
             publish_anyway=publish_anyway,
-            progress=progress(quiet),
+            progress=shown,
             recipe_path=str(path) if preset is None else None,
         )
     if json:
@@ -144,7 +145,8 @@ def _rates(recipe: Recipe, measure: bool) -> Rates | None:
         return cached_rates()
     from compress.blockwise.rates import measure_rates
 
-    rates = measure_rates(progress(False))
+    with progress(False) as shown:
+        rates = measure_rates(shown)
     keep_rates(rates)
     return rates
 

@@ -1,4 +1,4 @@
-"""Progress of long work. Nothing here prints; `compress.cli` shows it in the terminal."""
+"""Progress of long work. Nothing here prints; `compress.progress.display` shows it."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ class _SilentTask:
 
 
 class SilentProgress:
-    """Shows nothing; the default of the Python API."""
+    """Shows nothing."""
 
     def stage(self, index: int, total: int, title: str) -> None:
         """Nothing."""

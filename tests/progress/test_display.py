@@ -6,14 +6,14 @@ import pty
 import subprocess
 import sys
 
-from compress.cli import progress
-from compress.cli.progress import make_progress
+from compress.progress import display
+from compress.progress.display import make_progress
 from tests.conftest import ROOT
 
 
 def test_progress_prints_lines_when_there_is_no_terminal(monkeypatch):
     now = [100.0]
-    monkeypatch.setattr(progress.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(display.time, "monotonic", lambda: now[0])
     stream = io.StringIO()
     shown = make_progress(False, stream)
     shown.stage(1, 2, "cast")
@@ -47,21 +47,28 @@ def test_progress_quiet_prints_nothing():
 
 CODE = """
 import sys
-from compress.cli.progress import make_progress
+from compress.progress.display import make_progress
 shown = make_progress(False, sys.stderr)
+if "open" in sys.argv:
+    shown.__enter__()
 shown.stage(1, 2, "prune [x]")
 with shown.task("write", 3, "tensors") as task:
     for i in range(3):
         task.advance(note="model.layers.%d.[weight]" % i)
 shown.message("reused [y]")
+if "open" in sys.argv:
+    import time
+    time.sleep(0.4)
+    shown.message("\u2713 prune [x]: 3 s")
+    shown.__exit__(None, None, None)
 """
 
 
-def in_terminal(**environment: str) -> str:
+def in_terminal(*arguments: str, **environment: str) -> str:
     """What a terminal of 80 columns receives."""
     leader, follower = pty.openpty()
     process = subprocess.Popen(
-        [sys.executable, "-c", CODE], stderr=follower, stdout=subprocess.DEVNULL, cwd=ROOT,
+        [sys.executable, "-c", CODE, *arguments], stderr=follower, stdout=subprocess.DEVNULL, cwd=ROOT,
         env={**os.environ, "TERM": "xterm-256color", "COLUMNS": "80", **environment},
     )  # fmt: skip
     os.close(follower)
@@ -97,3 +104,40 @@ def test_progress_honors_no_color():
 
 def test_progress_prints_lines_in_a_dumb_terminal():
     assert "\x1b" not in in_terminal(TERM="dumb")
+
+
+def test_progress_shows_the_stage_at_work_and_keeps_what_is_done():
+    text = in_terminal("open")
+    assert "starting" in text  # before the first stage
+    assert "[1/2] prune [x]" in text
+    assert "0:00:00" in text
+    last = text.rpartition("✓ prune [x]: 3 s")[2]
+    assert "[1/2]" not in last.rpartition("\x1b[2K")[2]  # nothing of it is left on the screen
+    assert text.count("\x1b[?25l") == text.count("\x1b[?25h")  # the cursor is shown again
+
+
+def test_api_shows_progress_where_it_is_asked_to(monkeypatch):
+    stream = io.StringIO()
+    monkeypatch.setattr(sys, "stderr", stream)
+    for asked in (None, False):
+        with display.chosen(asked) as shown:
+            shown.message("x")
+    assert stream.getvalue() == ""
+    with display.chosen(True) as shown:
+        shown.message("x")
+    assert stream.getvalue() == "x\n"
+    with display.chosen(shown) as given:
+        given.message("y")
+    assert stream.getvalue() == "x\ny\n"
+
+
+def test_notebook_needs_a_kernel_and_widgets(monkeypatch):
+    import types
+
+    assert not display.in_notebook()
+    kernel = type("ZMQInteractiveShell", (), {})()
+    monkeypatch.setitem(sys.modules, "IPython", types.SimpleNamespace(get_ipython=lambda: kernel))
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert not display.in_notebook()
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: name == "ipywidgets")
+    assert display.in_notebook()
