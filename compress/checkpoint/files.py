@@ -33,7 +33,7 @@ def read_json(folder: Path, name: str) -> Any:
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        hint = None
+        hint = "name the folder of a checkpoint in Hugging Face layout" if name == "config.json" else None
         if (folder / "adapter_config.json").exists():
             hint = "this is a PEFT adapter: merge it into its base model first (merge_and_unload)"
         raise CheckpointError(f"has no {name}", where=str(folder), fix=hint) from None

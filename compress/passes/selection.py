@@ -64,7 +64,9 @@ def matching(pattern: str, modules: Collection[str], key: str) -> set[str]:
     if not chosen:
         near = difflib.get_close_matches(pattern.removeprefix("re:"), modules, n=1, cutoff=0.0)
         raise PassError(
-            f"`{pattern}` matches no module", key=key, fix=f"a module here is `{near[0]}`" if near else None
+            f"`{pattern}` matches no module",
+            key=key,
+            fix=f"the nearest is `{near[0]}`; `compress inspect` lists them" if near else None,
         )
     return chosen
 

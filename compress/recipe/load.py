@@ -181,9 +181,8 @@ class _Files:
                 data = file.read(MAX_BYTES + 1)
         except OSError as error:
             reason = _UNREADABLE.get(type(error), f"cannot be read: {error.strerror}")
-            self.problems.append(
-                Problem(f"{path}: {reason}" if at else reason, at or Place(origin), hint=_sibling(path))
-            )
+            hint = _sibling(path) if not path.is_dir() else f"`compress init {path}` writes one for a model"
+            self.problems.append(Problem(f"{path}: {reason}" if at else reason, at or Place(origin), hint=hint))
             return None
         decoded = decode(data, str(path), len(parents))
         if isinstance(decoded, Problem):

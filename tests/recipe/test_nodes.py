@@ -200,7 +200,7 @@ def test_load_recipe_refuses_unreadable_files(work: Path) -> None:
     Path("quickstart.yaml").write_text(GOOD)
     for path, text in (
         ("quickstrat.yaml", "quickstrat.yaml: there is no such file\n   did you mean `quickstart.yaml`?"),
-        ("text", "text: is a folder, not a recipe"),
+        ("text", "text: is a folder, not a recipe\n   `compress init text` writes one for a model"),
     ):
         with pytest.raises(RecipeError) as caught:
             load_recipe(Path(path))

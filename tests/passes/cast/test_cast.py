@@ -43,7 +43,7 @@ def test_cast_only_and_skip(pico_llama):
     assert "model.layers.1.self_attn.q_proj" in narrow
     assert not any(m.startswith(("model.layers.0.mlp", "model.layers.1.mlp")) for m in narrow)
     assert "lm_head" not in narrow
-    with pytest.raises(PassError, match=r"`model.layer.*` matches no module; a module here is `model.layers") as caught:
+    with pytest.raises(PassError, match=r"`model.layer.*` matches no module; the nearest is `model.layers") as caught:
         plan(checkpoint, "cast", weights="fp16", skip=["model.layer.*"])
     assert caught.value.key == "skip"
     with pytest.raises(PassError, match=r"is not a regular expression"):
