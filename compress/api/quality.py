@@ -47,7 +47,7 @@ def evaluate(
 
     Args:
         checkpoint: a folder, or a hub id.
-        data: text files, or a folder with one folder of images for each class. Without data only the size is measured.
+        data: text files, `default`, or a folder with one folder of images for each class. Without data only size is measured.
         metrics: such as ``kl``, or ``latency.lengths=[512,2048]`` for a setting; by default those of the model's task.
         baseline: another checkpoint, or a file that ``compress eval --json`` wrote.
         field, template, text, label, document_separator, window, stride, streaming, max_documents: as in a recipe's

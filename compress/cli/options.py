@@ -92,8 +92,8 @@ DataOption = Annotated[
     list[str] | None,
     typer.Option(
         "--data",
-        help="Text file: .txt, .jsonl, .json, .csv, .tsv or .parquet, also compressed (.gz, .zst). May be repeated. Or a "
-        "folder with one folder of images per class.",
+        help="Text file: .txt, .jsonl, .json, .csv, .tsv or .parquet, also compressed (.gz, .zst). Or `default`, the text of "
+        "the package. May be repeated. Or a folder with one folder of images per class.",
     ),
 ]
 Field = Annotated[str, typer.Option("--field", help="Field that holds the text, in files that have fields.")]

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
+from compress.data.default_text import located
 from compress.data.documents import Document, read_documents
 from compress.data.examples import Labels, read_examples
 from compress.data.images import read_images
@@ -66,8 +67,9 @@ def read(texts: Texts, separator: str | None, structure: Structure | None) -> li
     Args:
         structure: of the model, for its labels; plain text does not need it.
     """
+    files = [located(file, "evaluation") for file in texts.files]
     if texts.images is None and texts.label is None:
-        return read_documents(texts.files, separator, texts.field, texts.template)
+        return read_documents(files, separator, texts.field, texts.template)
     assert structure is not None
     if texts.images is not None:
         return read_images(texts.images, labels_of(structure, "images"))
@@ -75,7 +77,7 @@ def read(texts: Texts, separator: str | None, structure: Structure | None) -> li
     task = task_of(structure.class_name)
     if task.labels == "scores" and len(texts.columns) < 2:
         raise DataError("scores are of pairs of texts", where=texts.files[0], fix="name two columns with `text`")
-    return read_examples(texts.files, texts.columns, labels_of(structure, texts.label))
+    return read_examples(files, texts.columns, labels_of(structure, texts.label))
 
 
 def load_processor(structure: Structure, folder: Path, *, trust_remote_code: bool) -> Any:

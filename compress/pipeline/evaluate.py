@@ -13,6 +13,7 @@ from compress.architectures.unforeseen import refused
 from compress.checkpoint.open import Stored, open_checkpoint
 from compress.checkpoint.running import emulated
 from compress.data import documents, images
+from compress.data.default_text import located, named
 from compress.errors import CompressError, DataError, ReportError
 from compress.evaluation import positions
 from compress.evaluation.latency_settings import LatencySettings
@@ -30,6 +31,7 @@ from compress.evaluation.tasks import (
 )
 from compress.pipeline.baseline import SCHEMA, EvaluationSettings, read_baseline
 from compress.pipeline.fingerprint import versions
+from compress.pipeline.hub_data import with_hub_data
 from compress.pipeline.machine import check_dtype, machine, resolve_device
 from compress.planning import size_on_disk
 from compress.progress import Progress, SilentProgress
@@ -267,7 +269,7 @@ def _sha256(settings: EvaluationSettings, candidate: Stored) -> str | None:
     """SHA-256 of the data; None without data."""
     if settings.given == "images":
         return images.fingerprint(read(settings, settings.separator, candidate.spec.structure))
-    return documents.fingerprint(settings.files) if settings.files else None
+    return documents.fingerprint([located(f, "evaluation") for f in settings.files]) if settings.files else None
 
 
 def judge_checkpoint(
@@ -323,9 +325,10 @@ def _settings_for(gates: Mapping[str, Any], recipe: Recipe | None) -> Evaluation
         repetition["distances"] = sorted({*(repetition.get("distances") or ()), *at})
     if recipe is None or recipe.data.evaluation is None:
         return EvaluationSettings(metrics=metrics, metric_settings=given)
-    section = recipe.data.evaluation
+    section = with_hub_data(recipe).data.evaluation
+    assert section is not None
     return EvaluationSettings(
-        files=tuple(section.files),
+        files=tuple(map(named, section.files)),
         images=section.images,
         separator=recipe.document_separator,
         field=section.field,

@@ -42,6 +42,12 @@ def test_default_text_of_passes_is_in_no_evaluation():
     assert len(evaluation) >= 40
 
 
+def test_default_text_is_named_in_an_evaluation():
+    model = pico.folder("llama", num_hidden_layers=1)
+    options = {"data": "default", "max_documents": 1, "window": 16, "metrics": ["bits_per_byte"]}
+    assert compress.evaluate(model, **options)["settings"]["files"] == ("default",)
+
+
 def test_default_text_is_named_so_in_a_resolved_recipe(monkeypatch):
     monkeypatch.chdir(ROOT)
     recipe = recipe_from_mapping(RECIPE)
