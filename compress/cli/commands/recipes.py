@@ -115,11 +115,14 @@ def plan(
     """``compress plan``. Without ``minutes``, times are shown where the rates of this machine are known."""
     from compress.checkpoint.open import open_headers
     from compress.cli import tables
+    from compress.pipeline.preflight import check_folders, check_sets
     from compress.planning import make_plan
     from compress.planning.hints import hints
 
     recipe = load_or_make(path, sets, preset, output, offline)
     with Located(recipe):
+        check_folders(recipe)
+        check_sets(recipe)
         spec, metadata = open_headers(
             recipe.reference,
             trust_remote_code=recipe.trust_remote_code,
