@@ -12,6 +12,7 @@ from compress.data.documents import Document
 from compress.data.rendering import beginning, rendered, tokenized
 from compress.errors import CompressError, DataError
 from compress.evaluation import positions
+from compress.evaluation.changes import Changes
 from compress.evaluation.examples import check_tokens
 from compress.evaluation.metrics import values
 from compress.evaluation.windows import TokenWindow, batches, bins_of, cut, segments
@@ -57,7 +58,7 @@ class TextScore:
 
 @dataclass(frozen=True)
 class Scores:
-    """Scores by document or by chunk (``unit``), and the windows that they were measured with."""
+    """Scores by document or by chunk (``unit``), the windows that they were measured with, and the rows of `Changes`."""
 
     documents: tuple[TextScore, ...]
     unit: str
@@ -65,6 +66,7 @@ class Scores:
     stride: int
     begins: bool
     streaming: bool
+    changed: list[dict[str, Any]]
 
     def to_dict(self) -> dict[str, Any]:
         """JSON values of schema ``compress.evaluation/1``, with the metrics over all documents; NaN stays NaN."""
@@ -78,6 +80,7 @@ class Scores:
             **metrics(self.unit, rows := [asdict(d) for d in self.documents]),
             "positions": positions.by_position(rows),
             "repetitions": None,  # the metric of that name sets them
+            "changed": self.changed,
             "documents": rows,
         }
 
@@ -138,15 +141,16 @@ def score_documents(
     if not streaming and many > 1 and record_of(model).source != "written":
         many = 1 if _reads_padding(model, windows[:many], pad) else many
     sums = torch.zeros(len(windows), bins_of(windows), 3, dtype=torch.float64)  # nll, kl, agree
-    score = score_streams if streaming else score_windows
+    score, changes = score_streams if streaming else score_windows, Changes()
     with torch.inference_mode(), (progress or SilentProgress()).task(title, len(windows), "windows") as task:
         for members in batches(windows, many, streaming=streaming):
             part = [windows[i] for i in members]
-            sums[members] = score(model, reference, part, pad, sums.shape[1])
+            sums[members] = score(model, reference, part, pad, sums.shape[1], changes)
             task.advance(len(part), documents[part[-1].document].id)
     scores = _by_unit(documents, windows, edges, sums, paired=reference is not None)
     unit = "chunk" if len(documents) < FEW_DOCUMENTS else "document"
-    return Scores(tuple(scores), unit, window, stride, begin is not None, streaming)
+    changed = changes.rows(documents, tokenizer)
+    return Scores(tuple(scores), unit, window, stride, begin is not None, streaming, changed)
 
 
 def _reads_padding(model: PreTrainedModel, windows: Sequence[TokenWindow], pad: int) -> bool:

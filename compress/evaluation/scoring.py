@@ -17,6 +17,8 @@ from compress.models.classes import arguments_of
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+    from compress.evaluation.changes import Changes
+
 #: Most logits that are compared at once.
 PIECE = 1 << 26
 #: Names that caches have among the arguments of models and in their outputs.
@@ -24,7 +26,12 @@ _CACHES = frozenset({"cache", "past_key_values"})
 
 
 def score_windows(
-    model: PreTrainedModel, reference: PreTrainedModel | None, windows: Sequence[TokenWindow], pad: int, bins: int
+    model: PreTrainedModel,
+    reference: PreTrainedModel | None,
+    windows: Sequence[TokenWindow],
+    pad: int,
+    bins: int,
+    changes: Changes | None = None,
 ) -> torch.Tensor:
     """Sums of NLL, KL and agreement over the scored targets by bin of positions, float64 [windows, bins, 3].
 
@@ -32,15 +39,36 @@ def score_windows(
 
     Args:
         reference: model to compare with; without it KL and agreement are 0.
+        changes: collects the tokens that differ most from the reference's predictions.
     """
     ids, counts = (tensor.to(model.device) for tensor in _padded(windows, pad))
     theirs = None if reference is None else logits_of(reference, ids[:, :-1])
-    scores = torch.where(counts[..., None], compared(logits_of(model, ids[:, :-1]), theirs, ids[:, 1:]), 0)
+    scores = _scored(windows, ids, counts, logits_of(model, ids[:, :-1]), theirs, changes)
     return _by_bin(scores, 0, bins)
 
 
+def _scored(
+    windows: Sequence[TokenWindow],
+    ids: torch.Tensor,
+    counts: torch.Tensor,
+    ours: torch.Tensor,
+    theirs: torch.Tensor | None,
+    changes: Changes | None,
+) -> torch.Tensor:
+    """NLL, KL and agreement of each target, 0 where it is not scored, [windows, tokens, 3]."""
+    scores = torch.where(counts[..., None], compared(ours, theirs, ids[:, 1:]), 0)
+    if theirs is not None and changes is not None:
+        changes.add(windows, ids, scores[..., 1], ours, theirs)
+    return scores
+
+
 def score_streams(
-    model: PreTrainedModel, reference: PreTrainedModel | None, windows: Sequence[TokenWindow], pad: int, bins: int
+    model: PreTrainedModel,
+    reference: PreTrainedModel | None,
+    windows: Sequence[TokenWindow],
+    pad: int,
+    bins: int,
+    changes: Changes | None = None,
 ) -> torch.Tensor:
     """As `score_windows`, of documents that are read segment by segment through the cache.
 
@@ -57,7 +85,7 @@ def score_streams(
         part = [windows[i] for i in members]
         ids, counts = (tensor.to(model.device) for tensor in _padded(part, pad))
         theirs = None if read_reference is None else read_reference(ids[:, :-1])
-        scores = torch.where(counts[..., None], compared(read(ids[:, :-1]), theirs, ids[:, 1:]), 0)
+        scores = _scored(part, ids, counts, read(ids[:, :-1]), theirs, changes)
         sums[list(members)] = _by_bin(scores, part[0].begins, bins)
     return sums
 

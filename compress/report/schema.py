@@ -113,6 +113,26 @@ class PairedPosition(_Positions):
     upper: Number = Field(description="Bound of the increase, one-sided at the recipe's confidence.")
 
 
+class TokenPrediction(Part):
+    """A model's prediction of one token."""
+
+    text: str = Field(description="The likeliest token.")
+    probability: Number = Field(description="Its probability.")
+    of_true: Number = Field(description="Probability of the token that is there.")
+
+
+class ChangedToken(Part):
+    """A token at which the prediction differs much from the original's."""
+
+    document: str = Field(description="Id of its document.")
+    token: Count = Field(description="Its index there.")
+    context: str = Field(description="Text before it.")
+    text: str = Field(description="The token that is there.")
+    kl: Number = Field(description="Divergence of the original from the model, nats.")
+    before: TokenPrediction = Field(description="By the original.")
+    after: TokenPrediction = Field(description="By the model.")
+
+
 @_with_metrics("evaluation")
 class Evaluation(_Measurement):
     """Scores on the evaluation text."""
@@ -124,6 +144,9 @@ class Evaluation(_Measurement):
     streaming: bool = Field(default=False, description="Windows are segments, read through the cache.")
     positions: list[PositionRow] = Field(default=[], description="Scores by position in the window.")
     repetitions: Repetitions | None = Field(default=None, description="Where the metric `repetition` was measured.")
+    changed: list[ChangedToken] = Field(
+        default=[], description="The tokens with the largest divergence from the original; text of the evaluation data."
+    )
     documents: list[DocumentScore] = Field(min_length=1)
 
 

@@ -204,3 +204,34 @@ def test_score_documents_refuses_unfit_data(tokenizer, model):
 def test_metrics_are_infinite_when_losses_overflow():
     rows = [{"bytes": 1, "tokens": 1, "nll": 1e4, "kl": None, "agree": None}]
     assert metrics("document", rows)["perplexity"] == math.inf
+
+
+def test_changes_are_the_tokens_of_largest_divergence(model, other, tokenizer):
+    from compress.evaluation.changes import MOST
+
+    documents = [Document(f"d#{i}", t) for i, t in enumerate(TEXTS)]
+    rows = score_documents(model, tokenizer, documents, window=32, stride=16, reference=other).to_dict()["changed"]
+    divergences = {}
+    with torch.no_grad():
+        for document in documents:
+            ids = [tokenizer.bos_token_id, *tokenizer(document.text, add_special_tokens=False)["input_ids"]]
+            if len(ids) <= 33:  # one window
+                ours, theirs = (m(input_ids=torch.tensor([ids[:-1]])).logits[0].log_softmax(-1) for m in (model, other))
+                kl = (theirs.exp() * (theirs - ours)).sum(-1)
+                divergences |= {
+                    (document.id, i + 1): (float(x), tokenizer.decode([int(t.argmax())]))
+                    for i, (x, t) in enumerate(zip(kl, theirs, strict=True))
+                }
+    assert len(rows) == MOST
+    assert [row["kl"] for row in rows] == sorted((row["kl"] for row in rows), reverse=True)
+    least = rows[-1]["kl"]
+    short = {key for key, (kl, _) in divergences.items() if kl > least + 1e-5}
+    assert short <= {(row["document"], row["token"]) for row in rows}
+    for row in rows:
+        if (key := (row["document"], row["token"])) in divergences:
+            assert (row["kl"], row["before"]["text"]) == (
+                pytest.approx(divergences[key][0], abs=1e-5),
+                divergences[key][1],
+            )
+        assert 0 <= row["after"]["of_true"] <= row["after"]["probability"] <= 1
+    assert score_documents(model, tokenizer, documents, window=32, stride=16).changed == []

@@ -112,6 +112,8 @@ def test_page_shows_hostile_names_and_obeys_none(finished):
     report["stages"][0]["passes"][0]["name"] = HOSTILE
     for place in ("original", "result"):
         report[place]["evaluation"]["documents"][0]["id"] = HOSTILE
+    token = report["result"]["evaluation"]["changed"][0]
+    token |= {"context": HOSTILE, "text": HOSTILE, "document": HOSTILE, "before": {**token["before"], "text": HOSTILE}}
     text = reports.render_html(report)
     text.encode()
     page = Page(text)

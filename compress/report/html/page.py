@@ -11,8 +11,8 @@ from functools import cache
 from importlib import resources
 from typing import TYPE_CHECKING, Any
 
-from compress.escape import printable
-from compress.formatting import fixed
+from compress.escape import in_one_line, printable
+from compress.formatting import fixed, percent
 from compress.report import figures
 from compress.report.brief_recipe import brief
 from compress.report.details import Section, sections
@@ -81,6 +81,7 @@ def render_html(report: Mapping[str, Any]) -> str:
             figures.worst_documents(report, _DOCUMENTS),
             right=(1, 2, 3, 4),
         ),
+        tokens=(report["result"]["evaluation"] or {}).get("changed") or [],
         details=list(_details(report)),
         planned=Cells(("pass", "planned", "written", ""), list(planned_rows(report)), right=(1, 2)),
         notes=notes(report),
@@ -100,6 +101,8 @@ def _template() -> Template:
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     environment.finalize = _shown
     environment.filters["inline"] = _inline
+    environment.filters["visible"] = lambda text: in_one_line(text).replace(" ", "␣")
+    environment.filters.update(percent=percent, fixed=lambda value: fixed(value, 4))
     environment.filters["filled"] = lambda it: Cells(*filled(it.head, it.rows, it.right))
     return environment.from_string(_read("template.html"))
 
