@@ -81,7 +81,7 @@ def test_resolved_writes_out_defaults(work: Path) -> None:
                     "convolutions": None,
                     "symmetric": True,
                     "method": "gptq",
-                    "error_correction": ["asymmetric", "curvature"],
+                    "error_correction": ["asymmetric"],
                     "curvature_tokens": 4096,
                     "reconstruction_epochs": 0,
                     "reconstruction_lr": 0.006,
