@@ -23,7 +23,7 @@ from compress.report.pictures.svg import (
     y_axis,
 )
 
-_HEIGHT, _LEFT, _RIGHT, _TOP, _BOTTOM = 290, 72, 24, 56, 52
+_HEIGHT, _LEFT, _RIGHT, _TOP, _BOTTOM = 290, 72, 40, 56, 52
 _ROW, _MARGIN = 62, 12
 
 
@@ -52,8 +52,7 @@ def size_and_quality(report: Mapping[str, Any]) -> Picture | None:
     parts = [heading("size against quality"), text(_MARGIN, 42, f"{metric.title} ({better} is better)")]
     parts += y_axis(y, marks, mark_text(marks), WIDTH - _RIGHT, _LEFT)
     for mark in sizes:
-        anchor = "end" if mark == sizes[-1] else "middle"
-        parts.append(text(x(mark), _HEIGHT - _BOTTOM + 20, format_bytes(mark), anchor=anchor))
+        parts.append(text(x(mark), _HEIGHT - _BOTTOM + 20, format_bytes(mark), anchor="middle"))
     parts.append(text(WIDTH - _RIGHT, _HEIGHT - 12, "bytes of all weight files", anchor="end"))
     places = [(number, x(size), y(value)) for number, size, value in points]
     path = " ".join(f"{a:.1f},{b:.1f}" for _, a, b in places)
