@@ -7,7 +7,7 @@ BIN    := $(VENV)/bin
 WORKERS ?= 2
 STAMP  := $(VENV)/.ready
 
-.PHONY: setup quickstart test test-unit test-browser test-all check bench bench-prune bench-distill bench-recover bench-share bench-structured bench-depth bench-minutes bench-cast bench-effort bench-versus bench-peers bench-scale bench-memory bench-gpu bench-rounded bench-attention families same-bytes docs clean
+.PHONY: wheel setup quickstart test test-unit test-browser test-all check bench bench-start bench-prune bench-distill bench-recover bench-share bench-structured bench-depth bench-minutes bench-cast bench-effort bench-versus bench-peers bench-scale bench-memory bench-gpu bench-rounded bench-attention families same-bytes docs clean
 
 setup: $(STAMP)
 
@@ -18,6 +18,10 @@ $(STAMP): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt $$(grep '^torch==' constraints.txt) $(TORCH_INDEX)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
 	touch $(STAMP)
+
+# a wheel in build/wheel, for `pip install` elsewhere
+wheel: $(STAMP)
+	$(BIN)/python -m pip wheel --quiet --disable-pip-version-check --no-deps --wheel-dir build/wheel .
 
 quickstart: $(STAMP)
 	$(BIN)/compress run recipes/quickstart.yaml
@@ -65,6 +69,10 @@ check: $(STAMP)
 
 bench: $(STAMP)
 	$(BIN)/python benchmarks/run.py
+
+# CPU time of --help, check, passes, runs
+bench-start: $(STAMP)
+	$(BIN)/python benchmarks/start.py $(ARGS)
 
 # MODEL= TRAIN= HELDOUT= for another model, its calibration and its held-out text
 bench-prune: $(STAMP)

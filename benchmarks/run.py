@@ -2,8 +2,8 @@
 
 Checkpoints of a Llama shape with random weights are made in a scratch folder (BENCH_DIR, else the system's), cast from
 fp32 to bf16 by `compress`, by `cp` + fsync (the same bytes read), and by transformers' from_pretrained + save_pretrained, in
-turns, each in a process of its own. Start-up is measured as CPU time of whole processes. With --section rounding: rounding to
-integers beside the cast to bf16, of a checkpoint that is nearly all matrices, in CPU seconds.
+turns, each in a process of its own. With --section rounding: rounding to integers beside the cast to bf16, of a checkpoint
+that is nearly all matrices, in CPU seconds.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import resource
 import shutil
 import statistics
 import subprocess
@@ -218,41 +217,6 @@ def rounding(scratch: Path) -> list[str]:
     ]
 
 
-def startup() -> list[str]:
-    """CPU time of commands that should answer at once."""
-    commands = {
-        "python -c pass": [sys.executable, "-c", "pass"],
-        "compress --help": [sys.executable, "-m", "compress", "--help"],
-        "compress check recipes/quickstart.yaml": [
-            sys.executable,
-            "-m",
-            "compress",
-            "check",
-            "recipes/quickstart.yaml",
-        ],
-        "compress plan recipes/quickstart.yaml": [sys.executable, "-m", "compress", "plan", "recipes/quickstart.yaml"],
-        "python -c 'import torch'": [sys.executable, "-c", "import torch"],
-    }
-    times: dict[str, list[float]] = {name: [] for name in commands}
-    for turn in range(8):
-        for name, command in commands.items():
-            before = resource.getrusage(resource.RUSAGE_CHILDREN)
-            subprocess.run(command, check=True, stdout=subprocess.DEVNULL, cwd=ROOT)
-            after = resource.getrusage(resource.RUSAGE_CHILDREN)
-            if turn:  # the first fills caches
-                times[name].append(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
-    rows = [
-        "### Start-up",
-        "",
-        "CPU time of the whole process, median of 7 turns.",
-        "",
-        "| command | ms |",
-        "|---|---|",
-    ]
-    rows += [f"| `{name}` | {1000 * statistics.median(values):.0f} |" for name, values in times.items()]
-    return [*rows, "", "Bounds: 150 ms for help, 300 ms for `check`.", ""]
-
-
 def main() -> None:
     """Run a section and write it."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -261,8 +225,13 @@ def main() -> None:
     scratch = Path(tempfile.mkdtemp(prefix="compress-bench-", dir=os.environ.get("BENCH_DIR")))
     try:
         if section == "speed":
-            rows = ["## Start-up, and casting a stream of weights", "", f"`make bench`: {page.environment()}", ""]
-            rows += startup() + streaming(scratch)
+            rows = [
+                "## Casting a stream of weights",
+                "",
+                f"`make bench`: {page.environment()}",
+                "",
+                *streaming(scratch),
+            ]
         else:
             rows = rounding(scratch)
     finally:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import html
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, TypeAlias
@@ -56,6 +55,8 @@ class TextTable:
 
 
 def _escaped(text: str) -> str:
+    import html  # its table of entities is large, and a terminal needs none
+
     return html.escape(printable(text)).replace("\n", "<br>")
 
 

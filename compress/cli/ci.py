@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -70,6 +69,8 @@ def _in_workspace(file: str) -> str:
 
 def sarif(mistakes: Sequence[Mistake]) -> str:
     """The mistakes as SARIF 2.1.0, one run of this tool; without mistakes a run without results."""
+    import json
+
     from compress import __version__
 
     rule = {"id": "recipe", "shortDescription": {"text": "A recipe that cannot run"}}

@@ -10,7 +10,6 @@ from compress.checkpoint.open import open_headers
 from compress.data.kinds import holds_ids
 from compress.evaluation.tasks import task_of
 from compress.files import expanded
-from compress.pipeline.datasets import DataSets
 from compress.pipeline.hub_data import check_hub_data, with_hub_data
 from compress.pipeline.preflight import (
     check_chats,
@@ -90,8 +89,14 @@ def _read_data(recipe: Recipe, structure: Structure | None, everything: bool) ->
         DataError: the model does not have a label of the data, or evaluation and passes share text.
     """
     recipe = with_hub_data(recipe) if everything else recipe
-    data, evaluation = DataSets(recipe, expanded(recipe.reference), structure), recipe.data.evaluation
-    if structure is not None and evaluation is not None and evaluation.given != "text":
+    evaluation = recipe.data.evaluation
+    labelled = structure is not None and evaluation is not None and evaluation.given != "text"
+    if not labelled and not everything:
+        return []
+    from compress.pipeline.datasets import DataSets  # half of a start-up, and rarely needed
+
+    data = DataSets(recipe, expanded(recipe.reference), structure)
+    if labelled:
         data.documents("evaluation")
     if not everything:
         return []
