@@ -52,10 +52,14 @@ class Console:
         self.colour = (terminal and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb") or bool(
             os.environ.get("FORCE_COLOR")
         )
+        self._blank = False
 
     def write(self, line: str) -> None:
-        """Write a line."""
-        self.stream.write(line.rstrip(" ") + "\n")
+        """Write a line, but one empty line at most."""
+        line = line.rstrip(" ")
+        if line or not self._blank:
+            self.stream.write(line + "\n")
+        self._blank = not line
 
     def styled(self, text: str, style: str) -> str:
         """Text in a style, where the stream shows colours."""
