@@ -19,7 +19,7 @@ from tests.solvers.test_quantease import layer
 def curvature(outputs, seed=0):
     """Of outputs that hang together."""
     G = torch.randn(4 * outputs, outputs, generator=torch.Generator().manual_seed(seed + 10))
-    return shrunk((lambda X: X.T @ X)(G @ (torch.eye(outputs) + torch.ones(outputs, outputs) / 3)))
+    return shrunk((lambda X: X.T @ X)(G @ (torch.eye(outputs) + torch.ones(outputs, outputs) / 3)), 0.05)
 
 
 def cost(W, codes, scales, H, F):
@@ -174,4 +174,4 @@ def test_shrunk_keeps_only_steps_that_help():
 
 
 def test_shrunk_takes_zero_curvature():
-    assert torch.equal(shrunk(torch.zeros(3, 3)), 0.05 * torch.eye(3))
+    assert torch.equal(shrunk(torch.zeros(3, 3), 0.05), 0.05 * torch.eye(3))

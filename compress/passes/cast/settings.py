@@ -40,7 +40,7 @@ DTYPES: dict[str, str] = {"bf16": "BF16", "fp16": "F16", "fp32": "F32"}
 #: Defaults by effort: `fast` is GPTQ alone.
 EFFORTS = EffortDefaults(
     fast={"error_correction": [], "curvature_tokens": 4096, "reconstruction_epochs": 0},
-    balanced={"error_correction": ["asymmetric"], "curvature_tokens": 4096, "reconstruction_epochs": 0},
+    balanced={"error_correction": ["asymmetric", "curvature"], "curvature_tokens": 1024, "reconstruction_epochs": 0},
     best={"error_correction": list(CORRECTIONS), "curvature_tokens": GRADIENT_TOKENS, "reconstruction_epochs": 1},
 )
 #: Group sizes that a budget may choose instead of 64.
