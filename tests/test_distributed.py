@@ -162,6 +162,7 @@ def recipe_file(tmp_path, pico_llama, texts):
     return tmp_path / "r.yaml"
 
 
+@pytest.mark.slow
 def test_world_of_two_runs_a_recipe(recipe_file, tmp_path):
     done = torchrun("-m", "compress", "run", recipe_file, "--json", "--quiet")
     assert done.returncode == 0, done.stderr[-3000:]
@@ -177,8 +178,7 @@ def test_world_of_two_runs_a_recipe(recipe_file, tmp_path):
     assert "gates: failed" in failing
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("method", ["mse", "gptq"])
+@pytest.mark.parametrize("method", ["mse", pytest.param("gptq", marks=pytest.mark.slow)])
 def test_world_of_two_shares_chosen_formats(recipe_file, tmp_path, method):
     recipe = json.loads(recipe_file.read_text())
     recipe["passes"] = [{"cast": {"bits": 6, "group_size": 16, "method": method, "reconstruction_epochs": 0}}]

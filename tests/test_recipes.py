@@ -31,10 +31,7 @@ FAST = (
     "prune_structured",
     "prune_distill_cast",
     "factorize",
-    "share_albert",
     "local_attention",
-    "latent_attention",
-    "carve_experts",
 )
 
 

@@ -246,6 +246,7 @@ def test_accuracy_drop_bounds_cover_by_enumeration(texts, confidence):
         assert least < confidence + 0.01  # and hardly more often
 
 
+@pytest.mark.slow
 def test_accuracy_drop_bounds_near_normal_approximation():
     """On many texts they are near those of the normal approximation."""
     for lost, won, texts in ((25, 15, 872), (300, 200, 5000), (60, 5, 1000)):

@@ -67,5 +67,6 @@ def test_architecture_fits_the_terminal(olmo2, width, monkeypatch, capsys):
     for folder in (olmo2, pico.folder("t5"), pico.folder("qwen3_moe")):
         print_architecture(inspection.architecture(folder)[0])
     lines = capsys.readouterr().out.splitlines()
-    assert max(map(len, lines)) <= width or all(" " not in line for line in lines if len(line) > width)
+    # a path is never broken
+    assert all(len(line) <= width or " " not in line or line.startswith("/") for line in lines)
     assert any("model.embed_tokens" in line for line in lines)

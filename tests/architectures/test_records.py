@@ -37,6 +37,7 @@ def test_records_all_have_a_pico_model():
     assert {record.model_type for record in architectures.RECORDS} <= {*pico.FAMILIES, *pico.FURTHER}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("family", CAUSAL)
 def test_cache_bytes_match_real_cache(family, dtype, tmp_path):

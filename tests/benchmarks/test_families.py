@@ -20,7 +20,6 @@ from tests import processes
 ROOT = Path(__file__).resolve().parents[2]
 #: One cell of each column but one, each of another kind of model.
 FIXED = (
-    ("BartForCausalLM", "gptq"),
     ("WhisperForConditionalGeneration", "magnitude"),
     ("JambaForCausalLM", "sparsegpt"),
     ("Olmo2ForCausalLM", "layers"),
@@ -85,7 +84,12 @@ def _verdict(subject: Subject, cell: str, process: judge.Stock) -> tuple[str, st
 
 
 @pytest.mark.parametrize(
-    ("class_name", "cell"), [*FIXED, pytest.param("GptOssForCausalLM", "rtn", marks=pytest.mark.slow)]
+    ("class_name", "cell"),
+    [
+        *FIXED,
+        pytest.param("BartForCausalLM", "gptq", marks=pytest.mark.slow),
+        pytest.param("GptOssForCausalLM", "rtn", marks=pytest.mark.slow),
+    ],
 )
 def test_a_cell_works(class_name, cell, stock_process):
     assert _verdict(_subject(class_name), cell, stock_process) == ("works", "")

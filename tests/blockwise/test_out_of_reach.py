@@ -35,6 +35,7 @@ def changed(folder: Path, out: Path) -> dict[str, torch.Tensor]:
     return {n: v for n, v in values.items() if not torch.equal(v, before.tensor(n).data)}
 
 
+@pytest.mark.slow
 def test_joined_matrices_are_pruned_by_magnitude_and_the_rest_by_calibration(lara, tmp_path):
     settings = {"method": "sparsegpt", "reconstruction_epochs": 1, **PRUNE}
     compress.apply("prune_unstructured", lara, tmp_path / "out", data=IDS, **settings)

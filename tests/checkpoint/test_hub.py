@@ -142,6 +142,7 @@ def test_hub_headers_come_by_range_requests(hub, call):
     assert hub.sent < weights / 2
 
 
+@pytest.mark.slow
 def test_hub_run_downloads_once_then_works_offline(hub, call, tmp_path):
     (tmp_path / "r.yaml").write_text("model: org/tiny@main\noutput: out\npasses:\n  - cast: {weights: bf16}\n")
     done = call("run", "r.yaml", "--quiet", cold=True)

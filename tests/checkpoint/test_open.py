@@ -147,6 +147,7 @@ def test_open_checkpoint_follows_links_of_a_hub_cache(folder, tmp_path):
     assert open_checkpoint(snapshot).spec == open_checkpoint(folder).spec
 
 
+@pytest.mark.slow
 def test_open_headers_refuses_pickles_and_names_the_conversion(folder, tmp_path, stock):
     model = load_model(folder)
     (folder / WEIGHTS).unlink()

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 import compress
 from compress import architectures
 from compress.checkpoint.open import open_checkpoint, open_headers
-from compress.errors import CheckpointError, CompressError, PassError
+from compress.errors import CheckpointError, CompressError
 from compress.models.loading import check_keys, load_model
 from tests import pico
 from tests.toolbox import edit_config
@@ -143,7 +143,7 @@ def test_remote_code_trust_and_ignore_exclude_each_other(tmp_path, texts, pico_l
 def test_remote_code_is_refused_in_compact_store(tmp_path, texts):
     folder = bring_code(tmp_path / "in", "llama")
     passes = [{"prune_unstructured": {"method": "magnitude", "sparsity": "60%"}}]
-    with pytest.raises(PassError, match="compact checkpoints stand for a class of transformers"):
+    with pytest.raises(CompressError, match="compact checkpoints stand for a class of transformers"):
         compress.plan(recipe(folder, tmp_path / "out", texts, passes, trust_remote_code=True, store="compact"))
 
 

@@ -58,6 +58,7 @@ def test_score_documents_scores_every_token_once(model, tokenizer, window, strid
     assert scores["kl"] is None
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("window", "stride"), [(32, 32), (16, 5), (2, 2)])
 def test_score_documents_begins_every_window_with_bos(model, window, stride):
     """Every token is scored once and every byte counted once, by a model that never reads a window without the beginning."""

@@ -72,7 +72,7 @@ def test_distances_follow_from_window_and_passage():
     [
         ({"distances": [64, 64]}, "the distance 64 is named twice"),
         ({"distances": [32], "passage": 33}, "a passage of 33 tokens would not end within a distance of 32"),
-        ({"distances": [49], "passage": 16}, "takes 65 positions, the model has 64; name `distances` up to 48"),
+        ({"distances": [49], "passage": 16}, "takes 65 positions, the model has 64\n   name `distances` up to 48"),
         (
             {"distances": [48], "passage": 16, "samples": 10_000},
             r"need 160,032; give more text, or set fewer `samples`",

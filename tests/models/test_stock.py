@@ -65,6 +65,7 @@ def check_same(pairs, root, stock_outputs):
     return refused
 
 
+@pytest.mark.slow
 def test_stock_loader_matches_ours_in_four_families(tmp_path, stock_outputs):
     """One in every format, three more in those that differ in names, arrays or inputs; the rest is slow."""
     some = [

@@ -39,6 +39,7 @@ def used(result):
     return result.report["data"]["calibration"]
 
 
+@pytest.mark.slow
 def test_datasets_record_the_sample(with_data, texts, pico_llama):
     section = {"files": [str(texts[0])], "samples": 4, "length": 32}
     first = compress.run(with_data(section))

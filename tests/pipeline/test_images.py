@@ -87,6 +87,7 @@ def test_evaluate_of_images_matches_stock(pictures):
     assert first == ["blue", "green", "red"] * 2  # any beginning has all classes
 
 
+@pytest.mark.slow
 def test_run_of_images_distills_measures_and_gates(pictures, tmp_path):
     gates = {"accuracy": {"max_drop": 60}, "f1": {"min": 0.01}, "agreement": {"min": 0.01}, "kl": {"max": 50}}
     result = compress.run(recipe(pictures, tmp_path, gates=gates))

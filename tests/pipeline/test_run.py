@@ -91,6 +91,7 @@ def test_run_of_fused_stages_matches_separate_ones(recipe, tmp_path):
     assert all(p["planned"] == p["actual"] for p in stage["passes"])
 
 
+@pytest.mark.slow
 def test_run_recomputes_from_the_first_difference(recipe, tmp_path):
     compress.run(recipe())
     passes = [
@@ -267,6 +268,7 @@ def test_apply_unpack_and_load(tmp_path, pico_llama, texts):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["a", "b", "c", "d", "f"]
 
 
+@pytest.mark.slow
 def test_clean_and_list_runs(recipe, tmp_path):
     from compress.pipeline.housekeeping import clean, list_runs
 

@@ -415,6 +415,7 @@ def test_lock_survives_the_removal_of_its_folder(tmp_path):
 # --- report and card
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("front", ["tags: [{a: b}]", "tags: " + "[" * 1500])
 def test_run_drops_front_matter_that_cannot_be_carried_over(small, tmp_path, pico_llama, front):
     model = Path(shutil.copytree(pico_llama, tmp_path / "model"))

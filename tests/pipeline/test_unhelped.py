@@ -50,7 +50,7 @@ def run(tmp_path, pico_llama, texts, capsys, monkeypatch):
 
 def line(out):
     """The one line of the terminal that says it."""
-    found = [text for text in out.splitlines() if "did not help" in text]
+    found = [text for text in out.splitlines() if text.startswith("distill did not help")]
     assert len(found) == 1, out
     return found[0]
 

@@ -137,13 +137,14 @@ def _widths(table: TextTable, cells: Sequence[Sequence[str]], room: int) -> tupl
     gap = _GAP if 1 + sum(natural) + _GAP * (len(natural) - 1) <= room else _NARROW_GAP
     over = 1 + sum(natural) + gap * (len(natural) - 1) - room
     wrapped = [i for i, kind in enumerate(table.kinds) if kind == "left"]
+    least = {i: max([_LEAST, *(_length(word) for row in cells for word in row[i].split())]) for i in wrapped}
     while (
         over > 0
-        and (widest := max((i for i in wrapped if natural[i] > _LEAST), key=natural.__getitem__, default=None))
+        and (widest := max((i for i in wrapped if natural[i] > least[i]), key=natural.__getitem__, default=None))
         is not None
     ):
         others = [natural[i] for i in wrapped if i != widest]
-        step = max(1, min(over, natural[widest] - max([_LEAST, *(n for n in others if n < natural[widest])])))
+        step = max(1, min(over, natural[widest] - max([least[widest], *(n for n in others if n < natural[widest])])))
         natural[widest] -= step
         over -= step
     return natural, gap

@@ -111,6 +111,7 @@ def relative(x: torch.Tensor, y: torch.Tensor) -> float:
     return float((x - y).norm() / y.norm())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", CASES)
 def test_all_experts_together_are_the_dense_model(case, tmp_path):
     family, changes = CASES[case]

@@ -13,6 +13,7 @@ from tests import pico
 from tests.toolbox import our_logits, stock_logits
 
 
+@pytest.mark.slow
 def test_cast_budget_is_kept_and_spent(folders, data, tmp_path):
     settings = {"group_size": 16, "reconstruction_epochs": 0}
     details: dict = {}

@@ -96,6 +96,7 @@ def test_distill_takes_sentence_encoder_with_position_ids(tmp_path):
     assert not torch.equal(written[trained], tensors[trained])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("family", "prefix"), [("gpt2", "transformer."), ("bloom", "transformer."), ("opt", "model.")])
 def test_distill_of_base_class_files_matches_whole_class(family, prefix, tmp_path):
     """As gpt2 on the hub: names without that of the base model, and a class with a head."""

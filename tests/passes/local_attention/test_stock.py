@@ -184,6 +184,7 @@ def test_windows_show_on_the_sample():
     assert difference[:, WINDOW:].abs().max() > 1e-2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CASES)
 def test_stock_class_matches_original_under_hand_made_masks(name, results):
     found, (family, changes, _, _) = results[name], CASES[name]

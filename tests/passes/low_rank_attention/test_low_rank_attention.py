@@ -120,7 +120,7 @@ def test_result_loads_by_its_own_file_without_the_package(written, tmp_path):
 @pytest.mark.parametrize(
     ("family", "settings", "message"),
     [
-        ("llama", {}, "llama is no encoder: later keys are not there when a token is generated; use `local_attention`"),
+        ("llama", {}, "llama is no encoder: later keys are not there when a token is generated"),
         ("t5", {}, "t5 is no encoder"),
         ("bert", {"rank": 64}, "a rank of 64 is no less than the 64 positions of the longest text"),
         ("bert", {"rank": 48}, "samples of 48 tokens are no longer than the rank 48"),
@@ -167,6 +167,6 @@ def test_fit_that_does_not_help_leaves_the_means(tmp_path):
 def test_stock_files_are_refused_with_words_for_projections(texts, tmp_path):
     asked = {**recipe("bert", texts, tmp_path), "store": "stock"}
     with pytest.raises(
-        CompressError, match=r"projects its keys and values along the text; use `store: compact`, or leave"
+        CompressError, match=r"projects its keys and values along the text\n   use `store: compact`, or leave"
     ):
         compress.run(asked)

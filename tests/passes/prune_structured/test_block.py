@@ -52,6 +52,7 @@ def amounts(family: str) -> dict:
     return {"layers": [1]} if family == "bloom" else {"mlp": "50%"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", pico.families(TEXT, tier=REPAIRED))
 def test_compensation_methods_lower_the_error_in_turn(family, folders, tmp_path):
     original = open_checkpoint(folders[family])

@@ -114,6 +114,7 @@ def test_kv_heads_merge_of_rotated_heads_is_exact(family, tmp_path):
     assert not torch.allclose(found["mean"], expected, atol=1e-2)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", pico.families(["llama", "qwen2", "phi3", "qwen3_moe"], tier=("llama",)))
 def test_kv_heads_repairs_lower_the_error_in_turn(family, tmp_path):
     folder = pico.save(tmp_path / "in", family, with_tokenizer=False, num_key_value_heads=4)

@@ -25,6 +25,7 @@ def searched(original, tmp_path, **target):
     return write(apply(original, "prune_structured", **how, **target), tmp_path / "out"), details
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", pico.families(["llama", "gpt2", "mixtral"], tier=("llama",)))
 @pytest.mark.parametrize("key", ["keep_parameters", "max_bytes"])
 def test_search_finds_least_costly_shape_for_target(family, key, tmp_path):

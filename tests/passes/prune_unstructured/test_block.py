@@ -54,6 +54,7 @@ def test_prune_unstructured_writes_what_is_planned(family, settings, method, fol
             assert torch.equal(value.data, checkpoint.tensor(tensor.name).data), tensor.name
 
 
+@pytest.mark.slow
 def test_methods_and_tuning_lower_the_error_in_turn(folders, data, tmp_path):
     checkpoint = open_checkpoint(folders["llama"])
     errors, layers = [], []

@@ -5,7 +5,7 @@ import torch
 
 import compress
 from compress.checkpoint.open import open_checkpoint
-from compress.errors import PassError
+from compress.errors import CompressError, PassError
 from compress.models.loading import load_model
 from tests import pico
 from tests.toolbox import apply, plan, write
@@ -105,7 +105,7 @@ def test_prune_unstructured_refuses_bad_settings(pico_llama, tmp_path):
         "data": {"calibration": {"files": [str(folder / "config.json")], "samples": 2, "length": 8}},
         "passes": [{"prune_unstructured": {"method": "sparsegpt", "sparsity": 0.5}}],
     }
-    with pytest.raises(PassError, match=r"no class of transformers builds a model of the type `unheard_of`"):
+    with pytest.raises(CompressError, match=r"no class of transformers builds a model of the type `unheard_of`"):
         compress.plan(recipe)
     named = plan(open_checkpoint(folder), "prune_unstructured", method="magnitude", sparsity=0.5, only=["*.mlp.*"])
     assert sum(t.kept is not None for t in named.stored()) == 12
