@@ -5,6 +5,7 @@ each in a process of its own whose peak resident memory is read; beside it stand
 With --section memory-structured they lose a quarter of MLP and heads, repaired by least squares, with 8 x 512 tokens; with
 --section memory-cast a smaller shape is cast to int4, and to formats within a budget, with 4 x 512 tokens.
 --section memory-plan runs nothing: what plans say of every pass's defaults, for whole models of 7B, 8B and 70B parameters.
+--section memory-block runs passes on one block of the shapes of 7B and 70B.
 """
 
 from __future__ import annotations
@@ -67,6 +68,18 @@ PLANNED: list[dict[str, Any]] = [
     {"latent_attention": {"max_cache": "50%"}},
     {"carve_experts": {"experts": 8, "active": "50%"}},
 ]
+
+#: Shape ▶ passes that are run on one block of it.
+BLOCKS: dict[str, list[dict[str, Any]]] = {
+    "Llama 7B": [
+        {"cast": {"weights": "int4", "effort": "fast"}},
+        {"cast": {"weights": "int4"}},
+        {"prune_unstructured": {"sparsity": 0.5}},
+        {"prune_structured": {"mlp": "25%"}},
+        {"factorize": {"keep_parameters": 0.7}},
+    ],
+    "Llama 3 70B": [{"cast": {"weights": "int4", "effort": "fast"}}],
+}
 
 SMALL = {
     "vocab_size": 4000,
@@ -133,7 +146,9 @@ def make(folder: Path, shape: dict[str, int], layers: int, *, weights: bool = Tr
         (folder / "model.safetensors.index.json").write_bytes(index)
 
 
-def measured(scratch: Path, shape: dict[str, int], layers: int, samples: int, entry: dict[str, Any]) -> list[str]:
+def measured(
+    scratch: Path, shape: dict[str, int], layers: int, samples: int, entry: dict[str, Any], max_ram: str | None = "4GiB"
+) -> list[str]:
     """Peak resident MiB of a pass on so many blocks, what the plan says, and seconds."""
     import torch
     from safetensors.torch import save_file
@@ -144,7 +159,7 @@ def measured(scratch: Path, shape: dict[str, int], layers: int, samples: int, en
     generator = torch.Generator().manual_seed(0)
     save_file({"ids": torch.randint(0, shape["vocab_size"], (samples, 512), generator=generator)}, ids)
     make(folder, shape, layers)
-    asked = recipe(folder, ids, entry)
+    asked = {**recipe(folder, ids, entry), "max_ram": max_ram}
     process = subprocess.Popen(
         [sys.executable, "-c", RUN.format(root=str(ROOT)), json.dumps(asked)], stdout=subprocess.PIPE, text=True
     )
@@ -215,6 +230,27 @@ def casting(scratch: Path) -> list[str]:
     ]
 
 
+def blocks(scratch: Path, jobs: list[str]) -> list[str]:
+    """Passes on one block of large shapes; `jobs` are names of passes, all where it is empty."""
+    rows = []
+    for shape, entries in BLOCKS.items():
+        for entry in entries:
+            ((name, settings),) = entry.items()
+            if jobs and name not in jobs:
+                continue
+            said = ", ".join(f"{key}: {value}" for key, value in settings.items())
+            rows.append([shape, f"`{name}`", said, *measured(scratch, WHOLE[shape][1], 1, 4, entry, max_ram=None)])
+            print(*rows[-1], flush=True)
+    return [
+        "## Memory of one block",
+        "",
+        f'`make bench-memory ARGS="--section memory-block"`: {page.environment()} Models of one block with random bf16 '
+        "weights, 4 × 512 tokens; peak resident memory of the whole process, with verification of the output.",
+        "",
+        *page.table(["shape of", "pass", "settings", "peak resident MiB", "planned MiB", "seconds"], rows),
+    ]
+
+
 def planned(scratch: Path) -> list[str]:
     """Peak memory by plan, of every pass and whole model."""
     import torch
@@ -258,13 +294,18 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--layers", type=int, nargs="+", default=[2, 4])
     parser.add_argument(
-        "--section", default="memory", choices=["memory", "memory-structured", "memory-cast", "memory-plan"]
+        "--section",
+        default="memory",
+        choices=["memory", "memory-structured", "memory-cast", "memory-plan", "memory-block"],
     )
+    parser.add_argument("--jobs", nargs="*", default=[], help="passes of memory-block")
     args = parser.parse_args()
     scratch = Path(tempfile.mkdtemp(prefix="compress-bench-", dir=os.environ.get("BENCH_DIR")))
     try:
         if args.section == "memory-plan":
             rows = planned(scratch)
+        elif args.section == "memory-block":
+            rows = blocks(scratch, args.jobs)
         elif args.section == "memory-cast":
             rows = casting(scratch)
         else:
