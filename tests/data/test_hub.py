@@ -52,7 +52,13 @@ def test_rows_are_downloaded_once_and_those_asked_for(asked):
 
 def mapping(**data):
     model = str(pico.folder("llama", num_hidden_layers=1))
-    return {"model": model, "output": "out", "data": data, "passes": [{"cast": {"weights": "int8"}}], "bootstrap": 100}
+    return {
+        "model": model,
+        "output": f"{model}-out",
+        "data": data,
+        "passes": [{"cast": {"weights": "int8"}}],
+        "bootstrap": 100,
+    }
 
 
 def test_run_reads_data_sets_of_the_hub_and_names_them(asked, tmp_path, monkeypatch):
