@@ -12,7 +12,6 @@ import os
 import platform
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from importlib.metadata import version
 from pathlib import Path
 from typing import NamedTuple
 
@@ -174,6 +173,8 @@ def cpu_name() -> str:
 
 
 def _identity() -> dict[str, object]:
+    from importlib.metadata import version
+
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     return {
         "version": _VERSION,

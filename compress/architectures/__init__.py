@@ -8,12 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from functools import cache
-from importlib import metadata
 from typing import Any
 
 from compress.architectures.record import Architecture
 from compress.architectures.records import RECORDS
 from compress.errors import PassError
+from compress.extensions import entry_points
 from compress.spec.spec import Spec
 
 __all__ = ["RECORDS", "Architecture", "find", "of", "record_for"]
@@ -23,7 +23,7 @@ __all__ = ["RECORDS", "Architecture", "find", "of", "record_for"]
 def _by_type() -> dict[str, Architecture]:
     """Model type ▶ record. Records of this package win over those of others. Raises `PassError` for a broken entry point."""
     records: dict[str, Architecture] = {}
-    for point in metadata.entry_points(group="compress.architectures"):
+    for point in entry_points("compress.architectures"):
         try:
             record = point.load()
         except Exception as error:  # a foreign module may do anything on import

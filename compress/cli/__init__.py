@@ -24,13 +24,26 @@ def main() -> None:
 
 def _app() -> None:
     """Run the command line. Messages about arguments repeat them, so they are escaped."""
+    import gc
+    import os
     import sys
 
-    from compress.cli.app import app
-    from compress.escape import in_one_line, printable
-
+    os.environ.setdefault("PYDANTIC_DISABLE_PLUGINS", "__all__")  # it reads the metadata of every package to find them
+    gc.disable()  # imports make many objects and no garbage
     try:
-        status = app(standalone_mode=False, prog_name="compress")
+        from compress.cli.plain import narrowed, plain
+
+        if (command := plain(sys.argv[1:])) is not None:
+            command()
+            sys.exit(0)
+        from compress.cli.app import app
+        from compress.escape import in_one_line, printable
+
+        command_line = narrowed(app, sys.argv[1:])
+    finally:
+        gc.enable()
+    try:
+        status = command_line(standalone_mode=False, prog_name="compress")
     except Exception as error:
         if not hasattr(error, "format_message") or not hasattr(error, "exit_code"):
             raise

@@ -11,9 +11,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from compress.errors import CompressError
+from compress.extensions import entry_points
 
 if TYPE_CHECKING:
-    from importlib import metadata
+    from importlib.metadata import EntryPoint
 
     from compress.passes.base import Pass
 
@@ -46,10 +47,8 @@ WORDS: dict[str, tuple[str, ...]] = {
 
 
 @cache
-def _entry_points() -> dict[str, metadata.EntryPoint]:
-    from importlib import metadata
-
-    return {point.name: point for point in metadata.entry_points(group="compress.passes")}
+def _entry_points() -> dict[str, EntryPoint]:
+    return {point.name: point for point in entry_points("compress.passes")}
 
 
 def names() -> list[str]:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Collection, Iterable, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from stat import S_ISREG
 from typing import Any
@@ -45,6 +44,8 @@ def row_of(path: Path) -> dict[str, Any]:
 
 
 def _read(folder: Path, names: Collection[str]) -> Table:
+    from concurrent.futures import ThreadPoolExecutor
+
     with ThreadPoolExecutor(2) as pool:
         return dict(zip(names, pool.map(lambda name: row_of(folder / name), names), strict=True))
 

@@ -6,9 +6,7 @@ import hashlib
 import json
 import platform
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from functools import cache
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +20,8 @@ _INPUTS = "compress.inputs/2"
 @cache
 def versions() -> dict[str, str]:
     """Versions of the packages that a result depends on."""
+    from importlib import metadata
+
     from compress import __version__
 
     known = {"compress": __version__, "python": platform.python_version()}
@@ -40,6 +40,8 @@ def hash_input(checkpoint: Stored, cache_file: Path) -> str:
 
     Hashes of unchanged files (inode, size, both times of change) are taken from ``cache_file``.
     """
+    from concurrent.futures import ThreadPoolExecutor
+
     folder = checkpoint.folder
     assert folder is not None
     known = read_record(cache_file, _INPUTS) or {}

@@ -331,15 +331,15 @@ def test_find_reads_records_of_entry_points(monkeypatch):
 
     _by_type.cache_clear()
     try:
-        monkeypatch.setattr(metadata, "entry_points", points("tests.architectures.test_records:FOREIGN"))
+        monkeypatch.setattr(architectures, "entry_points", points("tests.architectures.test_records:FOREIGN"))
         assert architectures.of({"model_type": "foreign"}) is FOREIGN
         assert architectures.find({"model_type": "llama"}) is not None
         _by_type.cache_clear()
-        monkeypatch.setattr(metadata, "entry_points", points("tests.pico:VOCABULARY"))
+        monkeypatch.setattr(architectures, "entry_points", points("tests.pico:VOCABULARY"))
         with pytest.raises(PassError, match=r"names tests\.pico:VOCABULARY, which is not an Architecture"):
             architectures.of({"model_type": "foreign"})
         _by_type.cache_clear()
-        monkeypatch.setattr(metadata, "entry_points", points("no_such_package:RECORD"))
+        monkeypatch.setattr(architectures, "entry_points", points("no_such_package:RECORD"))
         with pytest.raises(PassError, match="`no_such_package:RECORD` cannot be loaded"):
             architectures.of({"model_type": "foreign"})
     finally:

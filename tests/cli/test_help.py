@@ -10,6 +10,7 @@ from compress import passes
 from compress.cli.app import app
 from compress.cli.help import EXAMPLES, GROUPS
 from compress.cli.options import METRICS
+from compress.cli.plain import narrowed, plain
 from compress.evaluation import metrics
 from compress.passes.describe import describe_all
 from tests.conftest import ROOT
@@ -99,3 +100,28 @@ def test_pass_is_readable_at_80_columns(capsys, monkeypatch, name):
     assert names[-1] in ("only", "skip", "allow_noop")
     assert f"- {name}:" in out
     assert max(map(len, out.splitlines())) <= 80
+
+
+@pytest.mark.parametrize(
+    "words", [["passes"], ["passes", "cast"], ["runs", "recipes"], ["check", "no.yaml"], ["passes", "prune"]]
+)
+def test_plain_command_lines_print_what_typer_prints(capsys, monkeypatch, words):
+    """Without options typer is not used; behind ``--`` it is."""
+    assert plain(words) is not None
+    assert plain([words[0], "--", *words[1:]]) is None
+    assert said(capsys, monkeypatch, *words) == said(capsys, monkeypatch, words[0], "--", *words[1:])
+
+
+@pytest.mark.parametrize(
+    "words", [[], ["--help"], ["passes", "-h"], ["passes", "a", "b"], ["check"], ["runs", ""], ["run"]]
+)
+def test_other_command_lines_are_left_to_typer(words):
+    assert plain(words) is None
+
+
+def test_the_app_of_a_command_builds_no_other():
+    import typer.main
+
+    assert list(typer.main.get_command(narrowed(app, ["diff", "a", "b"])).commands) == ["diff"]
+    assert list(typer.main.get_command(narrowed(app, ["eval"])).commands) == ["eval"]
+    assert len(typer.main.get_command(narrowed(app, ["dif"])).commands) == len(app.registered_commands)

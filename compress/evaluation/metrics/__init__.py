@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import pkgutil
 from functools import cache
-from importlib import import_module, metadata
+from importlib import import_module
 from inspect import isabstract
 from typing import Any
 
 from compress.evaluation.metrics.base import Kind, Metric, Resampling, Scored
+from compress.extensions import entry_points
 
 
 @cache
@@ -25,7 +26,7 @@ def table() -> dict[str, Metric]:
         if isinstance(value, type) and issubclass(value, Metric) and hasattr(value, "name") and not isabstract(value)
     }
     metrics = [each() for each in classes]
-    metrics += [point.load()() for point in metadata.entry_points(group="compress.metrics")]
+    metrics += [point.load()() for point in entry_points("compress.metrics")]
     return {metric.name: metric for metric in sorted(metrics, key=lambda metric: (metric.place, metric.name))}
 
 
