@@ -21,7 +21,7 @@ class Codes:
 
     Attributes:
         codes: [O, I], int8, float8_e4m3fn, or E2M1 codes as uint8.
-        scale: [O, G].
+        scale: [O, G]; [⌈O/128⌉, G] where blocks share a scale, [1, 1] where the whole matrix does.
         zero: int8 [O, G]; None if symmetric.
         overall: float32 [1], the global scale of nvfp4 that scales are divided by.
         static_inputs: static input scales and zero points, of one element each, by name suffix.

@@ -37,8 +37,8 @@ InitPreset = Annotated[
     str | None,
     typer.Option(
         "--preset",
-        help="In place of a goal: W4A16, W4A16_ASYM, W8A16, W8A8, FP8 (FP8_DYNAMIC), NVFP4A16, MXFP4A16, W6A16, W5A16, W3A16, "
-        "W2A16, 2:4, 50%, recovery.",
+        help="In place of a goal: a scheme of `cast` (W4A16, W8A8, FP8, FP8_BLOCK, NVFP4A16, …: `compress passes cast`), 2:4, "
+        "50%, recovery.",
     ),
 ]
 MaxBytes = Annotated[

@@ -13,18 +13,21 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from compress.errors import CheckpointError
+from compress.spec.formats import BLOCK
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 #: Smallest and largest code of a format.
-_RANGES = {"int8": (-128.0, 127.0), "fp8": (-448.0, 448.0)}
+_RANGES = {"int4": (-8.0, 7.0), "int8": (-128.0, 127.0), "fp8": (-448.0, 448.0)}
+#: OCP MX format ▶ values that share a power of two, the exponent of its largest power of two, its largest value.
+_MX = {"mxfp4": (32, 2, 6.0), "mxfp8": (32, 8, 448.0)}
 #: Names of the cache among the arguments of attention modules, by version and family.
 _CACHE_ARGUMENTS = ("cache", "past_key_values", "past_key_value", "layer_past")
 
 
 def rounded_by_token(values: torch.Tensor, format_: str) -> torch.Tensor:
-    """Round values [batch, tokens, …] to 8-bit codes times a scale for each token, from its largest value.
+    """Round values [batch, tokens, …] to codes times a scale for each token, from its largest value.
 
     Values of one or two axes have one scale for all, as in compressed-tensors.
     """
@@ -51,6 +54,10 @@ def rounded_inputs(values: torch.Tensor, format_: str, static_inputs: Mapping[st
     kind, _, variant = format_.partition("-")
     if kind == "nvfp4":
         return _by_sixteen(values, static_inputs["input_global_scale"], variant == "wide")
+    if kind in _MX:
+        return _by_power(values, kind)
+    if variant == "group":
+        return _by_group(values, kind)
     if not variant:
         return rounded_by_token(values, kind)
     if static_inputs:
@@ -80,6 +87,40 @@ def _dynamic_scale(
     return torch.where(scale == 0, torch.finfo(values.dtype).eps, scale), zero.round().nan_to_num(0)
 
 
+def _by_group(values: torch.Tensor, kind: str) -> torch.Tensor:
+    """Round to codes times a scale for each `BLOCK` values, from the largest of them."""
+    low, high = _RANGES[kind]
+    groups = values.reshape(*values.shape[:-1], -1, BLOCK)
+    scale = groups.abs().amax(-1, keepdim=True) / torch.tensor(
+        (high - low) / 2, dtype=values.dtype, device=values.device
+    )
+    scale = torch.where(scale == 0, torch.finfo(values.dtype).eps, scale)
+    return (_nearest(groups / scale, kind).to(values.dtype) * scale).flatten(-2)
+
+
+def _by_power(values: torch.Tensor, kind: str) -> torch.Tensor:
+    """Round to an OCP MX format: codes times a power of two for each 32 values.
+
+    The largest of them, of at least 7/8 of the next power of two, counts as that power.
+    """
+    size, top, most = _MX[kind]
+    groups = values.reshape(*values.shape[:-1], -1, size)
+    share, exponent = torch.frexp(groups.abs().amax(-1, keepdim=True).float())  # share in [0.5, 1)
+    power = (exponent - 1 + (share >= 0.875).to(exponent.dtype) - top).clamp(-127, 128)
+    power = torch.where(share == 0, -127, power)
+    scale = torch.exp2(power.float()).to(values.dtype)
+    parts = (groups / scale).clamp(-most, most)
+    codes = _e2m1(parts) if kind == "mxfp4" else parts.to(torch.float8_e4m3fn).to(values.dtype)
+    return (codes * scale).flatten(-2)
+
+
+def _e2m1(values: torch.Tensor) -> torch.Tensor:
+    """The nearest of 0, 1/2, 1, 3/2, 2, 3, 4 and 6 with either sign, of values up to 6; ties go to the even mantissa."""
+    size = values.abs()
+    step = torch.where(size < 2, 0.5, torch.where(size < 4, 1.0, 2.0)).to(values.dtype)
+    return (values / step).round() * step
+
+
 def _by_sixteen(values: torch.Tensor, overall: torch.Tensor, wide: bool) -> torch.Tensor:
     """Round to E2M1, ties to even, with a scale per 16 values, which is divided by one for all; in E4M3 unless ``wide``."""
     groups = values.reshape(*values.shape[:-1], -1, 16)
@@ -88,10 +129,7 @@ def _by_sixteen(values: torch.Tensor, overall: torch.Tensor, wide: bool) -> torc
         scale = scale.clamp(-448, 448).to(torch.float8_e4m3fn).to(scale.dtype)
     scale = torch.where(scale == 0, torch.finfo(scale.dtype).eps if wide else 0.125, scale)
     scale = (scale / overall)[..., None]
-    parts = (groups / scale).clamp(-6, 6)
-    size = parts.abs()
-    step = torch.where(size < 2, 0.5, torch.where(size < 4, 1.0, 2.0))
-    result: torch.Tensor = (parts / step).round() * step * scale
+    result: torch.Tensor = _e2m1((groups / scale).clamp(-6, 6)) * scale
     return result.flatten(-2).to(values.dtype)
 
 
@@ -104,7 +142,7 @@ def _nearest(values: torch.Tensor, format_: str) -> torch.Tensor:
     """The nearest code, ties to even."""
     low, high = _RANGES[format_]
     values = values.clamp(low, high)
-    return values.round() if format_ == "int8" else values.to(torch.float8_e4m3fn)
+    return values.round() if format_.startswith("int") else values.to(torch.float8_e4m3fn)
 
 
 def round_inputs(

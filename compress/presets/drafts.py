@@ -110,9 +110,10 @@ def _fast(facts: Facts) -> Iterator[Draft]:
 
 def _of_scheme(name: schemes.SchemeName) -> Draft:
     scheme = schemes.SCHEMES[name]
-    coarse = scheme.weights in ("int4", "nvfp4", "mxfp4")
-    rounded = scheme.weights in ("int8", "fp8")
-    loss: Loss = "some" if coarse or scheme.activations else "little" if rounded or name == "W6A16" else "much"
+    few = scheme.weights in ("int3", "int2") or scheme.activations in ("int4", "mxfp4")
+    coarse = scheme.weights in ("int4", "nvfp4", "mxfp4") or scheme.activations is not None
+    rounded = scheme.weights in ("int8", "fp8", "mxfp8")
+    loss: Loss = "much" if few or scheme.weights == "int5" else "some" if coarse else "little"
     settings: dict[str, Any] = {"scheme": name, **({"method": "rtn"} if rounded else {})}
     note = f"weights in {scheme.weights}"
     note += (
@@ -141,11 +142,11 @@ PRESETS: Mapping[str, Draft] = MappingProxyType(
         ),
     }
 )
-_FOUR_BIT_FLOATS = ("nvfp4", "mxfp4")
+_NARROW_FLOATS = ("nvfp4", "mxfp4", "mxfp8")
 
 
 def of_preset(name: str, facts: Facts) -> Draft:
-    """The draft of a preset. The weights beside 4-bit floats become bf16 first.
+    """The draft of a preset. The weights beside floats with fixed groups become bf16 first.
 
     Raises:
         CompressError: no preset has that name.
@@ -154,7 +155,7 @@ def of_preset(name: str, facts: Facts) -> Draft:
     if draft is None:
         raise _unknown(name)
     scheme = schemes.SCHEMES.get(draft.passes[0].get("cast", {}).get("scheme", ""))
-    if scheme is not None and scheme.weights in _FOUR_BIT_FLOATS and not facts.bf16:
+    if scheme is not None and scheme.weights in _NARROW_FLOATS and not facts.bf16:
         passes = ({"cast": {"weights": "bf16"}}, *draft.passes)
         return replace(draft, passes=passes, notes=("weights in bf16", *draft.notes))
     return draft

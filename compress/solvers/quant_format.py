@@ -6,6 +6,7 @@ Letters: O outputs, I inputs, G groups of inputs that share a scale, S inputs of
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -14,6 +15,8 @@ from compress.checkpoint.storage.reading import dequantized
 from compress.checkpoint.values import Codes
 from compress.spec.formats import QuantFormat
 
+#: Formats whose codes are E4M3.
+_E4M3 = ("fp8", "mxfp8")
 #: Ends of a group's range to try, as shares of its largest weight.
 _SHRINK = torch.linspace(1.0, 0.45, 12).tolist()
 #: Weights quantised at a time.
@@ -27,6 +30,7 @@ _IN_CACHE = 1 << 16
 class Scales(NamedTuple):
     """Scales [O, G] as floats and, for asymmetric formats, integer-valued zero points [O, G] of the same dtype.
 
+    Outputs that share a scale each have it here.
     ``overall`` is the scale of nvfp4's scales, float32 [1]: the stored scales are divided by it.
     """
 
@@ -40,7 +44,7 @@ def code_range(quant_format: QuantFormat) -> tuple[float, float]:
     if quant_format.is_integer:
         half = 1 << (quant_format.bits - 1)
         return -half, half - 1
-    most = 448.0 if quant_format.format == "fp8" else 6.0
+    most = 448.0 if quant_format.format in _E4M3 else 6.0
     return -most, most
 
 
@@ -53,7 +57,7 @@ def nearest(t: torch.Tensor, quant_format: QuantFormat) -> torch.Tensor:
     if quant_format.is_integer:
         return t.round_().clamp_(low, high)
     t = t.clamp_(low, high)
-    if quant_format.format == "fp8":
+    if quant_format.format in _E4M3:
         return t.to(torch.float8_e4m3fn).to(t.dtype)
     # E2M1: steps of 1/2 up to 2, of 1 up to 4, of 2 up to 6; ties go to the even mantissa, as rounding does
     size = t.abs()
@@ -85,6 +89,8 @@ def fit(
     Source: the search of the code of GPTQ and AWQ, weighted by the Hessian's diagonal as in SqueezeLLM (arXiv 2306.07629).
     """
     outputs, inputs = W_OI.shape
+    if (height := quant_format.height(outputs)) > 1:
+        return _fit_blocks(W_OI, quant_format, importance_I, keep_OI, height, search=search)
     size = quant_format.group or inputs
     W = W_OI.float().reshape(outputs, inputs // size, size)
     h = torch.ones(inputs, device=W.device) if importance_I is None else importance_I.float()
@@ -110,6 +116,30 @@ def fit(
     ]
     zero = None if starts[0][1] is None else torch.cat([one for _, one in best if one is not None])
     return Scales(torch.cat([scale for scale, _ in best]), zero, overall)
+
+
+def _fit_blocks(
+    W_OI: torch.Tensor,
+    quant_format: QuantFormat,
+    importance_I: torch.Tensor | None,
+    keep_OI: torch.Tensor | None,
+    height: int,
+    *,
+    search: bool,
+) -> Scales:
+    """`fit` where ``height`` outputs share their scales: the weights of a block are those of one group of one output."""
+    outputs, inputs = W_OI.shape
+    size = quant_format.group or inputs
+
+    def flat(t_OI: torch.Tensor) -> torch.Tensor:
+        padded = torch.nn.functional.pad(t_OI, (0, 0, 0, -outputs % height))
+        return padded.reshape(-1, height, inputs // size, size).transpose(1, 2).flatten(1)
+
+    importance = None if importance_I is None else flat(importance_I[None].expand(height, -1))[0]
+    keep = None if keep_OI is None else flat(keep_OI)
+    single = replace(quant_format, group=height * size, block=False, whole=False)
+    scales = fit(flat(W_OI), single, importance, keep, search=search)
+    return scales._replace(scale=scales.scale.repeat_interleave(height, 0)[:outputs])
 
 
 def _searched(
@@ -164,7 +194,7 @@ def _from_extremes(
 
 def _stored(scale: torch.Tensor, quant_format: QuantFormat, overall: torch.Tensor | None) -> torch.Tensor:
     """Return the nearest scale that the format can store."""
-    if quant_format.format == "mxfp4":
+    if quant_format.format.startswith("mx"):
         return torch.exp2(torch.log2(scale.abs().clamp(min=1e-30)).round().clamp(-127, 127))
     if overall is not None:
         return (scale.abs() * overall).clamp(2.0**-9, 448.0).to(torch.float8_e4m3fn).float() / overall
@@ -213,7 +243,7 @@ def to_codes(
     dtype: torch.dtype,
     keep_OI: torch.Tensor | None = None,
 ) -> Codes:
-    """Return the nearest codes of weights [O, I], as files store them, with scales in ``dtype``.
+    """Return the nearest codes of weights [O, I], as files store them, with scales in ``dtype``; one for outputs that share it.
 
     Removed weights get the code of zero.
     """
@@ -224,18 +254,25 @@ def to_codes(
     q = q.reshape(W_OI.shape)
     if quant_format.is_integer:
         zero = None if scales.zero is None else scales.zero.to(torch.int8)
-        return Codes(q.to(torch.int8), scale.to(dtype), zero)
+        return Codes(q.to(torch.int8), scale[:: quant_format.height(len(q))].to(dtype), zero)
     if quant_format.format == "fp8":
-        return Codes(q.to(torch.float8_e4m3fn), scale.to(dtype))
+        return Codes(q.to(torch.float8_e4m3fn), scale[:: quant_format.height(len(q))].to(dtype))
+    if quant_format.format == "mxfp8":
+        return Codes(q.to(torch.float8_e4m3fn), _exponents(scale))
     size = (2 * q.abs()).to(torch.uint8)  # 0 1 2 3 4 6 8 12 ▶ 0 … 7
     q = (
         torch.where(size < 5, size, torch.where(size == 6, 5, torch.where(size == 8, 6, 7)))
         | (q < 0).to(torch.uint8) * 8
     )
     if scales.overall is None:
-        return Codes(q.to(torch.uint8), (torch.log2(scale).round() + 127).to(torch.uint8))
+        return Codes(q.to(torch.uint8), _exponents(scale))
     stored = (scale * scales.overall).to(torch.float8_e4m3fn)
     return Codes(q.to(torch.uint8), stored, None, scales.overall.float())
+
+
+def _exponents(scale: torch.Tensor) -> torch.Tensor:
+    """Return powers of two as bytes b that mean 2^(b - 127)."""
+    return (torch.log2(scale).round() + 127).to(torch.uint8)
 
 
 def rounded(
@@ -248,10 +285,12 @@ def rounded(
 ) -> Codes:
     """Return the codes of weights [O, I], any float dtype, without calibration: `fit`, then `to_codes`.
 
-    A few outputs are processed at a time, so that intermediate tensors stay in the caches; all at once for nvfp4, whose overall
-    scale spans them.
+    A few outputs are processed at a time, so that intermediate tensors stay in the caches; all at once where a scale spans all.
     """
-    rows = len(W_OI) if quant_format.format == "nvfp4" else max(1, _AT_ONCE // W_OI.shape[1])
+    height = quant_format.height(len(W_OI))
+    rows = height * max(1, _AT_ONCE // (height * W_OI.shape[1]))
+    if quant_format.format == "nvfp4":
+        rows = len(W_OI)
     parts: list[Codes] = []
     for start in range(0, len(W_OI), rows):
         W = W_OI[start : start + rows].float().contiguous()

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 
 from compress.solvers.quant_format import Scales, codes_near, integer_codes
-from compress.spec.formats import FIXED_GROUPS, QuantFormat
+from compress.spec.formats import QuantFormat
 
 #: Inputs whose gradients are computed in one product.
 _BLOCK = 32
@@ -74,7 +74,7 @@ def quantease(
                 value_IO[i] += step
                 error_IO[i] -= step
                 code_IO[i] = code_O
-        if quant_format.format not in FIXED_GROUPS:
+        if not quant_format.fixed_scales:
             scale_GO = fitted_scales(W_IO, code_IO, H_II, scale_GO)
     return code_IO.t().contiguous(), scales._replace(scale=scale_GO.t().contiguous())
 

@@ -14,7 +14,7 @@ from torch.nn.functional import pad
 from compress.solvers.hessian import inverse_factor
 from compress.solvers.quant_format import Scales, codes_near, scaled
 from compress.solvers.quantease import fitted_scales
-from compress.spec.formats import FIXED_GROUPS, QuantFormat
+from compress.spec.formats import QuantFormat
 
 #: Inputs whose slopes are computed in one product.
 _BLOCK = 32
@@ -70,7 +70,7 @@ def yaqa(
     coupled_IO = (W_IO - value_IO) @ F_OO
     for _ in range(rounds):
         _improve_codes(code_IO, value_IO, coupled_IO, H_II, F_OO, quant_format, scale_GO, zero_GO, keep_IO)
-        if quant_format.format not in FIXED_GROUPS:
+        if not quant_format.fixed_scales:
             scale_GO = _scale_step(W_IO, code_IO, value_IO, coupled_IO, H_II, F_OO, scale_GO)
     return code_IO.t().contiguous(), scales._replace(scale=scale_GO.t().contiguous())
 
@@ -84,7 +84,7 @@ def refitted(
     scales: Scales,
 ) -> Scales:
     """Return scales for these codes with tr(F E H Eᵀ) no larger than before: `yaqa` without its steps on codes."""
-    if quant_format.format in FIXED_GROUPS:
+    if quant_format.fixed_scales:
         return scales
     W_IO, code_IO, scale_GO = W_OI.t().contiguous(), code_OI.t().contiguous(), scales.scale.t().contiguous()
     value_IO = code_IO * scale_GO.repeat_interleave(len(W_IO) // len(scale_GO), 0)

@@ -223,6 +223,18 @@ def fp8(root: Path) -> Checkpoint:
     )
 
 
+def blocks(root: Path) -> Checkpoint:
+    """E4M3 floats with a scale for each 128 x 128, and with a power of two for each 32; inputs in groups."""
+    inputs = {
+        "gate_proj": QuantFormat("fp8", 128, block=True, activations="fp8-group"),
+        "up_proj": QuantFormat("mxfp8", 32, activations="mxfp8"),
+        "q_proj": QuantFormat("int4", 8, activations="int4"),
+        "k_proj": QuantFormat("mxfp4", 32, activations="mxfp4"),
+        "_proj": QuantFormat("mxfp4", 32),
+    }
+    return coded(base(root, width=128, intermediate_size=192), {**EMBEDDING, **inputs})
+
+
 def mxfp4(root: Path) -> Checkpoint:
     """E2M1 floats with a power of two for each 32."""
     return coded(base(root, width=32), {**EMBEDDING, "_proj": QuantFormat("mxfp4", 32)})
@@ -370,6 +382,7 @@ MAKERS: dict[str, Callable[[Path], Checkpoint]] = {
     "packed-zero": packed_zero,
     "int8": int8,
     "fp8": fp8,
+    "blocks": blocks,
     "mxfp4": mxfp4,
     "nvfp4": nvfp4,
     "codebooks": codebooks,

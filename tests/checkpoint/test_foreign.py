@@ -222,7 +222,7 @@ def refused(group, said, **weights):
          r"has model.layers.0.mlp.down_proj.input_scale, which no group of its quantization_config uses"),
         (lambda g, *_: g.update(output_activations={"num_bits": 8, "dynamic": True}), r"quantises the outputs of"),
         (lambda g, *_: refused(g, None, num_bits=4), r"as float-quantized, 4-bit float by channel, which this version"),
-        (lambda g, *_: refused(g, None, strategy="block", block_structure=[128, 128]), r"8-bit float by block, which this"),
+        (lambda g, *_: refused(g, None, strategy="block", block_structure=[64, 128]), r"8-bit float by block, which this"),
         (lambda g, q, *_: q.update(config_groups={"group_0": None}), r"config_groups.group_0` is empty"),
         (lambda g, q, *_: g.update(weights=None), r"stores model.layers.0.mlp.down_proj as float-quantized, 8-bit int by"),
     ],

@@ -119,6 +119,7 @@ def test_format_page_has_every_name_that_is_written(tmp_path):
         },
         {"_proj": QuantFormat("mxfp4", 16)},
         {"_proj": QuantFormat("nvfp4", 16)},
+        {"_proj": QuantFormat("fp8", 128, block=True, activations="fp8-group")},
     ):
         tensors = {
             name: replace(

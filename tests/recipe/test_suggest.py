@@ -81,7 +81,8 @@ def test_suggest_answers_a_word_of_another_tool(changes: dict[str, Any], where: 
         ("NVFP4", "NVFP4 has inputs in nvfp4, which `cast` cannot write yet: use `scheme: NVFP4A16`"),
         ("INT4", "write `weights: int4`"),
         ("BF16", "write `weights: bf16`"),
-        ("W4A8", "W4A8 has 8-bit inputs beside 4-bit weights, which `cast` cannot write yet: use `scheme: W4A16`"),
+        ("W4A8", "did you mean `scheme: W4A8`?"),
+        ("W7A16", "W7A16 has 7-bit weights, which `cast` cannot write yet: use `scheme: W8A16`"),
         ("Q4_K_M", "Q4_K_M is a type of llama.cpp, whose files are not written: the nearest is `weights: int4`"),
         ("W1A16", None),
         ("int5", None),
@@ -142,7 +143,7 @@ def test_suggest_answers_a_fraction_with_a_percentage(parse: Any) -> None:
     [
         ("quantize", {}, "no pass is called `quantize`; did you mean `cast`?"),
         ("cast", {"weights": "int4", "refine": False}, "cast.refine: `refine` in cast is called `error_correction` now; write `error_correction: []`"),
-        ("cast", {"weights": "FP8"}, "cast.weights: expected bf16, fp16, fp32, int8, int6, int5, int4, int3, int2, fp8, mxfp4, nvfp4, trellis4, trellis3 or trellis2, got 'FP8'; FP8 has scales of inputs that are measured beforehand, which `cast` cannot write yet: use `scheme: FP8_DYNAMIC`"),
+        ("cast", {"weights": "FP8"}, "cast.weights: expected bf16, fp16, fp32, int8, int6, int5, int4, int3, int2, fp8, mxfp8, mxfp4, nvfp4, trellis4, trellis3 or trellis2, got 'FP8'; FP8 has scales of inputs that are measured beforehand, which `cast` cannot write yet: use `scheme: FP8_DYNAMIC`"),
         ("prune_unstructured", {"sparsity": 50}, "prune_unstructured.sparsity: expected a share between 0 and 1, such as 50% or 0.5, got 50; did you mean `50%`?"),
         ("cast", {}, "cast: give one of `scheme`, `weights`, `bits` and `max_bytes`"),
     ],

@@ -84,8 +84,9 @@ def decode(
     return logical_values(codes, mask, grid, shape), mask
 
 
-#: Codes [O, I] (int8, float8, or E2M1 codes as uint8), scales [O, G], zero points [O, G] or None, and the global scale [1] or
-#: None. With a codebook: int8 indices less half their range, shaped like the tensor, and its values [2**bits] as scales.
+#: Codes [O, I] (int8, float8, or E2M1 codes as uint8), scales [O, G] or of blocks [⌈O/128⌉, G], zero points [O, G] or None, and
+#: the global scale [1] or None. With a codebook: int8 indices less half their range, shaped like the tensor, and its values
+#: [2**bits] as scales.
 StoredCodes = tuple["torch.Tensor", "torch.Tensor", "torch.Tensor | None", "torch.Tensor | None"]
 
 
@@ -152,6 +153,8 @@ def dequantized(
     for reader in READERS.values():
         if isinstance(reader, CodeReader) and reader.dequantizes(codes, scale):
             return reader.dequantize(codes, scale, overall)
+    if len(scale) not in (1, len(codes)):  # 128 outputs share their scales
+        scale = scale.repeat_interleave(128, 0)[: len(codes)]
     values = codes.reshape(codes.shape[0], scale.shape[1], -1).to(scale.dtype)
     if zero is not None:
         values = values - zero[..., None].to(scale.dtype)

@@ -1,6 +1,7 @@
-"""Codes that are small floats: ``float-quantized`` (E4M3), ``mxfp4-pack-quantized`` and ``nvfp4-pack-quantized`` (E2M1).
+"""Codes that are small floats: ``float-quantized`` and ``mxfp8-quantized`` (E4M3), ``mxfp4-pack-quantized`` and
+``nvfp4-pack-quantized`` (E2M1).
 
-compressed-tensors has all three. Two codes of E2M1 share a byte, the even input in the low half.
+compressed-tensors has them all. Two codes of E2M1 share a byte, the even input in the low half.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     from compress.checkpoint.values import Value
 
 FP8: tuple[str, ...] = ("float-quantized",)
+MXFP8: tuple[str, ...] = ("mxfp8-quantized",)
 MXFP4: tuple[str, ...] = ("mxfp4-pack-quantized",)
 NVFP4: tuple[str, ...] = ("nvfp4-pack-quantized",)
 
@@ -45,6 +47,28 @@ class Fp8(Codec):
         """Codes, scales and zero points."""
         codes = codes_of(value).codes.contiguous()
         return {"codes": codes, **encoded_scale(value, tensor), **encoded_byte_zero(value, tensor)}
+
+
+class Mxfp8(Codec):
+    """Codes of 8 bits, with a power of two for each 32 inputs: the scale byte b means 2^(b - 127)."""
+
+    chain = MXFP8
+
+    def stores(self, quant_format: QuantFormat | None) -> bool:
+        """E4M3 with powers of two."""
+        return quant_format is not None and quant_format.format == "mxfp8"
+
+    def arrays(self, tensor: Tensor) -> Arrays:
+        """Codes and scales."""
+        quant_format = format_of(tensor)
+        return {
+            "codes": (quant_format.rows(tensor.shape), "F8_E4M3"),
+            "scale": (quant_format.scales(tensor.shape), "U8"),
+        }
+
+    def encode(self, value: Value, tensor: Tensor) -> dict[str, torch.Tensor]:
+        """Codes and scales."""
+        return {"codes": codes_of(value).codes.contiguous(), **encoded_scale(value, tensor)}
 
 
 class Mxfp4(Codec):
@@ -122,6 +146,26 @@ class Fp8Reader(CodeReader):
     ) -> torch.Tensor:
         """The stored codes."""
         return parts["codes"]
+
+
+class Mxfp8Reader(Fp8Reader):
+    """Reads ``mxfp8-quantized``."""
+
+    chain = ("mxfp8-quantized",)
+
+    def dequantizes(self, codes: torch.Tensor, scale: torch.Tensor) -> bool:
+        """Whether the scales are powers of two of E4M3 codes."""
+        import torch
+
+        return codes.dtype == torch.float8_e4m3fn and scale.dtype == torch.uint8
+
+    def dequantize(self, codes: torch.Tensor, scale: torch.Tensor, overall: torch.Tensor | None) -> torch.Tensor:
+        """Values [O, I] in bfloat16."""
+        import torch
+
+        powers = 2.0 ** (scale.to(torch.int32) - 127).to(torch.bfloat16)
+        values = codes.reshape(codes.shape[0], scale.shape[1], -1).to(torch.bfloat16)
+        return (values * powers[..., None]).flatten(1)
 
 
 class Mxfp4Reader(CodeReader):

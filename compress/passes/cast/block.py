@@ -39,7 +39,7 @@ from compress.solvers.memory import parts_of
 from compress.solvers.quant_format import Scales, dequantize, fit, integer_codes, scaled, to_codes
 from compress.solvers.quantease import quantease
 from compress.solvers.yaqa import gptq_kronecker, kronecker_error, refitted, shrunk, yaqa
-from compress.spec.formats import FIXED_GROUPS, QuantFormat
+from compress.spec.formats import QuantFormat
 from compress.spec.spec import Spec
 
 #: Rounds of QuantEase on codes and scales.
@@ -223,9 +223,7 @@ def _reconstruct(block: Block, reconstruction: Reconstruction, rounded: list[Rou
     parameters = dict(block.module.named_parameters())
     coded = {id(parameters[s.parameter]) for s in block.linears}
     free = [
-        r
-        for r in rounded
-        if r.quant_format.format not in FIXED_GROUPS and id(parameters[r.linear.parameter]) not in block.frozen
+        r for r in rounded if not r.quant_format.fixed_scales and id(parameters[r.linear.parameter]) not in block.frozen
     ]
     trainable = [TrainableTensor(r.scale, float(r.scale.abs().mean())) for r in free]
     trainable += trainable_floats(block, coded)

@@ -78,7 +78,7 @@ class Cast(Pass[CastSettings]):
     def input_multiple(self, settings: CastSettings) -> InputMultiple:
         """The groups of mxfp4 and nvfp4, and those of `group_size`, are needed; groups of 64 by default are preferred."""
         coded = [settings.quant_format(f) for f in settings.formats_used - set(DTYPES)]
-        asked = [f.group for f in coded if f.group and (settings.group_size is not None or f.format in FIXED_GROUPS)]
+        asked = [f.group for f in coded if f.group and (_divides(settings) or f.format in FIXED_GROUPS)]
         return InputMultiple(lcm(*asked), lcm(*(f.group for f in coded if f.group)))
 
     def mode_for(self, settings: CastSettings) -> Mode:
@@ -211,6 +211,11 @@ class Cast(Pass[CastSettings]):
             encoder_note(spec, settings, cast),
         )
         return [note for note in notes if note is not None]
+
+
+def _divides(settings: CastSettings) -> bool:
+    """Whether `group_size` is a number, which must divide the inputs of every matrix."""
+    return isinstance(settings.group_size, int)
 
 
 def _solved_work(

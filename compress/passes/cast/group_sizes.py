@@ -12,7 +12,7 @@ from typing import NoReturn
 from compress.architectures.model_map import Linear, model_map
 from compress.errors import PassError
 from compress.passes.cast.settings import DTYPES, CastSettings
-from compress.spec.formats import FIXED_GROUPS, LEAST_OUTPUTS, QuantFormat
+from compress.spec.formats import BLOCK, FIXED_GROUPS, LEAST_OUTPUTS, QuantFormat
 from compress.spec.spec import FLOAT_DTYPES, Spec
 
 #: Group sizes to fall back to, those that the kernels of servers know; then a whole channel.
@@ -78,18 +78,22 @@ class GroupSizes:
         Args:
             quant_formats: format of each cast tensor.
         """
-        if self._settings.group_size is not None:
+        if isinstance(self._settings.group_size, int):
             return None
         others, usual = dict[str, list[Linear]](), 0
         for name, quant_format in quant_formats.items():
             linear, wanted = self._linears[name], self._settings.quant_format(quant_format.format)
-            if _leftover(linear.I, wanted):
+            if wanted.block and not quant_format.block:
+                others.setdefault("one scale per output", []).append(linear)
+            elif _leftover(linear.I, wanted):
                 usual = wanted.group
                 size = f"groups of {quant_format.group}" if quant_format.group else "one scale per output"
                 others.setdefault(size, []).append(linear)
         if not others:
             return None
         parts = (f"{size} in {_names(linears)}" for size, linears in others.items())
+        if not usual:
+            return f"blocks of {BLOCK} x {BLOCK} do not fit some matrices, which get {'; '.join(parts)}"
         return (
             f"groups of {usual} do not divide the inputs of some matrices, which get other groups: {'; '.join(parts)}"
         )
@@ -97,6 +101,10 @@ class GroupSizes:
     def _fitted(self, name: str, option: str) -> QuantFormat:
         """The option's format, with the group size that the tensor gets."""
         linear, quant_format = self._linears[name], self._settings.quant_format(option)
+        if quant_format.activations == "fp8-group" and linear.I % BLOCK:
+            quant_format = replace(quant_format, activations="fp8")
+        if quant_format.block:
+            return quant_format if self._blocks_fit(linear) else QuantFormat("fp8", activations=_by_token(quant_format))
         if quant_format.format in FIXED_GROUPS or not quant_format.group:
             return quant_format
         if self._settings.group_size is not None:
@@ -106,9 +114,24 @@ class GroupSizes:
         sizes = (size for size in (quant_format.group, *_SIZES) if size <= quant_format.group)
         return replace(quant_format, group=next((size for size in sizes if inputs % size == 0), 0))
 
+    def _blocks_fit(self, linear: Linear) -> bool:
+        """Whether blocks of 128 x 128 fit a matrix, and those that servers may join with it; of experts, all of them."""
+        if linear.experts or linear.transposed or linear.kernel:
+            return False
+        if linear.expert is not None:
+            return self._expert_inputs % BLOCK == 0
+        stem = linear.module.rpartition(".")[0]
+        beside = [x for x in self._linears.values() if x.module.rpartition(".")[0] == stem and x.I == linear.I]
+        return linear.I % BLOCK == 0 and (len(beside) == 1 or all(x.O % BLOCK == 0 for x in beside))
+
     @staticmethod
     def _odd_factor(linear: Linear, quant_format: QuantFormat) -> bool:
         return linear.role == "factor" and _leftover(linear.I, quant_format) > 0
+
+
+def _by_token(quant_format: QuantFormat) -> str | None:
+    """The inputs' format where groups do not fit: with a scale per token."""
+    return quant_format.activations and "fp8"
 
 
 def _require_trellis(linear: Linear, quant_format: QuantFormat) -> None:

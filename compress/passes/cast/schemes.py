@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
@@ -14,12 +13,26 @@ SchemeName: TypeAlias = Literal[
     "W8A16",
     "W8A8",
     "FP8_DYNAMIC",
+    "FP8_BLOCK",
     "NVFP4A16",
     "MXFP4A16",
+    "MXFP4",
+    "MXFP4XFP8",
+    "MXFP8A16",
+    "MXFP8",
     "W6A16",
     "W5A16",
     "W3A16",
     "W2A16",
+    "W6A8",
+    "W5A8",
+    "W4A8",
+    "W4AFP8",
+    "W3A8",
+    "W2A8",
+    "W4A4",
+    "W3A4",
+    "W2A4",
 ]
 
 
@@ -29,11 +42,11 @@ class CastScheme:
 
     Attributes:
         weights, symmetric, activations: as in the settings.
-        group: default group size, which may be smaller in matrices that it does not divide; None for that of the format.
+        group: default `group_size`, which may be another in matrices that it does not fit; None for that of the format.
     """
 
     weights: str
-    group: int | None = None
+    group: int | Literal["block"] | None = None
     symmetric: bool = True
     activations: str | None = None
 
@@ -50,12 +63,26 @@ SCHEMES: Mapping[SchemeName, CastScheme] = MappingProxyType(
         "W8A16": CastScheme("int8", 128),
         "W8A8": CastScheme("int8", activations="int8"),
         "FP8_DYNAMIC": CastScheme("fp8", activations="fp8"),
+        "FP8_BLOCK": CastScheme("fp8", "block", activations="fp8-group"),
         "NVFP4A16": CastScheme("nvfp4"),
         "MXFP4A16": CastScheme("mxfp4"),
+        "MXFP4": CastScheme("mxfp4", activations="mxfp4"),
+        "MXFP4XFP8": CastScheme("mxfp4", activations="fp8-group"),
+        "MXFP8A16": CastScheme("mxfp8"),
+        "MXFP8": CastScheme("mxfp8", activations="mxfp8"),
         "W6A16": CastScheme("int6", 128),
         "W5A16": CastScheme("int5", 128),
         "W3A16": CastScheme("int3", 128),
         "W2A16": CastScheme("int2", 128),
+        "W6A8": CastScheme("int6", 128, activations="int8"),
+        "W5A8": CastScheme("int5", 128, activations="int8"),
+        "W4A8": CastScheme("int4", 128, activations="int8"),
+        "W4AFP8": CastScheme("int4", 128, activations="fp8"),
+        "W3A8": CastScheme("int3", 128, activations="int8"),
+        "W2A8": CastScheme("int2", 128, activations="int8"),
+        "W4A4": CastScheme("int4", 128, activations="int4"),
+        "W3A4": CastScheme("int3", 128, activations="int4"),
+        "W2A4": CastScheme("int2", 128, activations="int4"),
     }
 )
 #: Other spellings ▶ the scheme.
@@ -64,18 +91,12 @@ _SAME |= {"W8AFP8": "FP8_DYNAMIC", "FP8_DYN": "FP8_DYNAMIC"}
 #: Schemes that `cast` cannot write ▶ why, and the nearest that it can.
 _REFUSED = {
     "FP8": ("scales of inputs that are measured beforehand", "FP8_DYNAMIC"),
-    "FP8_BLOCK": ("a scale for each block of 128 x 128 weights", "FP8_DYNAMIC"),
     "NVFP4": ("inputs in nvfp4", "NVFP4A16"),
-    "MXFP4": ("inputs in mxfp4", "MXFP4A16"),
-    "MXFP4XFP8": ("inputs in mxfp8", "MXFP4A16"),
     "MXFP6A16": ("weights in mxfp6", "W6A16"),
-    "MXFP6A8": ("weights in mxfp6", "W6A16"),
-    "MXFP8A16": ("weights in mxfp8", "W8A16"),
-    "MXFP8": ("weights in mxfp8", "FP8_DYNAMIC"),
+    "MXFP6A8": ("weights in mxfp6", "W6A8"),
     "W7A16": ("7-bit weights", "W8A16"),
-    "W4AFP8": ("inputs in fp8 beside 4-bit weights", "W4A16"),
+    "W7A8": ("7-bit weights", "W8A8"),
 }
-_INTEGERS = re.compile(r"W([2-7])A([48])")
 
 
 def find(name: str) -> SchemeName | None:
@@ -89,7 +110,4 @@ def refusal(name: str) -> str | None:
     """Why `cast` cannot write a scheme, and which is nearest; None for a name of none, or of one that it can write."""
     spelled = name.upper().replace("-", "_")
     what, nearest = _REFUSED.get(spelled, ("", ""))
-    if match := _INTEGERS.fullmatch(spelled):
-        what, nearest = f"{match[2]}-bit inputs beside {match[1]}-bit weights", f"W{match[1]}A16"
-        nearest = nearest if nearest in SCHEMES else "W8A16"
     return f"{spelled} has {what}, which `cast` cannot write yet: use `scheme: {nearest}`" if what else None

@@ -12,7 +12,7 @@ from compress.passes.base import PassSettings
 from compress.passes.cast.schemes import SCHEMES, SchemeName
 from compress.passes.effort import Effort, EffortDefaults
 from compress.settings import ByteSize, distinct
-from compress.spec.formats import FIXED_GROUPS, INTEGERS, TRELLISES, QuantFormat
+from compress.spec.formats import BLOCK, FIXED_GROUPS, INTEGERS, TRELLISES, QuantFormat
 
 Format = Literal[
     "bf16",
@@ -25,13 +25,29 @@ Format = Literal[
     "int3",
     "int2",
     "fp8",
+    "mxfp8",
     "mxfp4",
     "nvfp4",
     "trellis4",
     "trellis3",
     "trellis2",
 ]
-CodeFormat = Literal["int8", "int6", "int5", "int4", "int3", "int2", "fp8", "mxfp4", "nvfp4"]
+CodeFormat = Literal["int8", "int6", "int5", "int4", "int3", "int2", "fp8", "mxfp8", "mxfp4", "nvfp4"]
+#: Formats of `ACTIVATIONS` that `cast` writes.
+Activation = Literal["int8", "int4", "fp8", "fp8-group", "mxfp8", "mxfp4"]
+#: Format of the weights ▶ the formats of inputs that go with it.
+_INPUTS: dict[str, tuple[Activation, ...]] = {
+    "int8": ("int8",),
+    "int6": ("int8",),
+    "int5": ("int8",),
+    "int4": ("int8", "int4", "fp8"),
+    "int3": ("int8", "int4"),
+    "int2": ("int8", "int4"),
+    "fp8": ("fp8",),
+    "fp8 in blocks": ("fp8-group",),
+    "mxfp8": ("mxfp8",),
+    "mxfp4": ("mxfp4", "fp8-group"),
+}
 #: Corrections after and before `gptq`, in the order in which they work.
 Correction = Literal["asymmetric", "alternating", "curvature"]
 CORRECTIONS: tuple[Correction, ...] = get_args(Correction)
@@ -77,7 +93,7 @@ class CastSettings(PassSettings):
     weights: Format | None = Field(
         default_factory=_of_scheme("weights"),
         description="Format of the weights; or name a `scheme`, or give a budget, `bits` or `max_bytes`. Floats (bf16, fp16, "
-        "fp32) apply to every tensor and round to nearest even. Codes (int8 … int2; fp8, which is E4M3; mxfp4; nvfp4; "
+        "fp32) apply to every tensor and round to nearest even. Codes (int8 … int2; fp8, which is E4M3; mxfp8; mxfp4; nvfp4; "
         "trellis4 … trellis2) apply to the matrices of blocks. Trellis codes (QTIP, arXiv 2406.11235) are the most accurate at "
         "2 to 4 bits; only `store: compact` holds them. Embeddings and head keep their format unless `overrides` names them.",
     )
@@ -105,11 +121,13 @@ class CastSettings(PassSettings):
         description="Format by module pattern (glob, or `re:` expression). The first pattern that matches wins over "
         "`weights`.",
     )
-    group_size: int | Literal["channel"] | None = Field(
+    group_size: int | Literal["channel", "block"] | None = Field(
         default=None,
-        description="Number of inputs that share a scale, or `channel` for one scale per output. By default 64 for integers "
-        "below 8 bits, `channel` for int8 and fp8. Matrices whose inputs 64 does not divide then get groups of 32, or one "
-        "scale per output. A number given here must divide all inputs. The groups of mxfp4 and nvfp4 are fixed: 32 and 16.",
+        description="Number of inputs that share a scale, or `channel` for one scale per output. `block`, for fp8: one scale "
+        "for 128 outputs and 128 inputs; matrices that such blocks do not fit get one scale per output. By default 64 for "
+        "integers below 8 bits, `channel` for int8 and fp8. Matrices whose inputs 64 does not divide then get groups of 32, or "
+        "one scale per output. A number given here must divide all inputs. The groups of mxfp8 and mxfp4 have 32 inputs, those "
+        "of nvfp4 16.",
     )
     fused_experts: bool | None = Field(
         default=None,
@@ -155,11 +173,13 @@ class CastSettings(PassSettings):
         lt=1,
         description="Learning rate of block reconstruction, relative to the size of each tensor's values.",
     )
-    activations: Literal["int8", "fp8"] | None = Field(
+    activations: Activation | None = Field(
         default_factory=_of_scheme("activations"),
-        description="Record dynamic per-token quantisation of the inputs of cast layers in the config. The format is that "
-        "of the weights: int8 or fp8. Stock transformers, vLLM and SGLang apply it; reported metrics include it. Not for "
-        "the compact store.",
+        description="Record in the config that the inputs of cast layers are quantised while the model runs. int8, int4 and "
+        "fp8 have a scale per token; fp8-group one for each 128 inputs of a token; mxfp8 and mxfp4 a power of two for each "
+        "32. Integers take int8, up to 4 bits also int4, and int4 weights fp8; fp8 weights take fp8, with `group_size: block` "
+        "fp8-group; mxfp8 takes mxfp8; mxfp4 takes mxfp4 or fp8-group. Stock transformers applies it, and servers that have "
+        "a kernel for it; reported metrics include it. Not for the compact store.",
     )
     kv_cache: Literal["fp8"] | None = Field(
         default=None,
@@ -187,8 +207,9 @@ class CastSettings(PassSettings):
             raise ValueError("trellis codes have one scale for each output: leave `group_size` out")
         if fixed := next((f for f in formats if f in FIXED_GROUPS and self.group_size is not None), None):
             raise ValueError(f"{fixed} has groups of {FIXED_GROUPS[fixed]}: leave `group_size` out")
-        if self.activations is not None and formats - set(DTYPES) != {self.activations}:
-            raise ValueError(f"`activations: {self.activations}` goes with `weights: {self.activations}`")
+        if self.group_size == "block" and not formats <= {"fp8", *DTYPES}:
+            raise ValueError("`group_size: block` goes with `weights: fp8`")
+        self._check_activations(formats - set(DTYPES))
         if self.kv_cache is not None and not self.coded:
             raise ValueError("`kv_cache` needs codes, such as `weights: int8`: it is recorded in their config")
         if self.kv_cache_scales is not None and self.kv_cache is None:
@@ -200,6 +221,24 @@ class CastSettings(PassSettings):
         for key, value in {} if self.scheme is None else SCHEMES[self.scheme].settings().items():
             if getattr(self, key) != value:
                 raise ValueError(f"`{key}` is part of `scheme: {self.scheme}`: leave one of both out")
+
+    def _check_activations(self, formats: set[str]) -> None:
+        """Raise `ValueError` where some of these formats do not go with the inputs' format."""
+        if self.activations is None:
+            return
+        if not formats:
+            raise ValueError(f"`activations: {self.activations}` needs codes, such as `weights: int8`")
+        for format_ in sorted(formats):
+            name = "fp8 in blocks" if (format_, self.group_size or self._scheme_group) == ("fp8", "block") else format_
+            takes = _INPUTS.get(name, ())
+            if self.activations not in takes:
+                goes = f"{name} takes {' or '.join(takes)}" if takes else f"{name} takes no quantised inputs"
+                raise ValueError(f"`activations: {self.activations}` does not go with `weights: {format_}`: {goes}")
+
+    @property
+    def _scheme_group(self) -> int | Literal["block"] | None:
+        """The group size of the scheme."""
+        return None if self.scheme is None else SCHEMES[self.scheme].group
 
     @property
     def static_cache(self) -> Literal["tensor", "head"] | None:
@@ -243,19 +282,18 @@ class CastSettings(PassSettings):
             result |= {f"{format_}/{size}": format_ for format_ in finer for size in _LARGER}
         return result
 
-    def _usual_group(self, format_: str) -> int:
+    def _usual_group(self, format_: str) -> int | Literal["channel", "block"]:
         """The group size of an integer format or fp8 without ``group_size``."""
-        scheme = None if self.scheme is None else SCHEMES[self.scheme]
-        own = scheme.group if scheme is not None and scheme.weights == format_ else None
-        return own or (64 if INTEGERS.get(format_, 8) < 8 else 0)
+        own = self._scheme_group if self.scheme is not None and SCHEMES[self.scheme].weights == format_ else None
+        return own or (64 if INTEGERS.get(format_, 8) < 8 else "channel")
 
     def quant_format(self, option: str) -> QuantFormat:
         """The quantisation format with these settings; an option has its own group size."""
         format_, _, own = option.partition("/")
-        group = FIXED_GROUPS.get(format_)
+        group: int | str | None = FIXED_GROUPS.get(format_)
         if group is None:
-            size = self.group_size if not own else "channel" if own == "channel" else int(own)
-            group = self._usual_group(format_) if size is None else 0 if size == "channel" else size
+            group = own or self.group_size or self._usual_group(format_)
+        block = group == "block"
+        size = BLOCK if block else 0 if group == "channel" else int(group)
         symmetric = self.symmetric or format_ not in INTEGERS
-        activations = self.activations if format_ == self.activations else None
-        return QuantFormat(format_, group, symmetric, activations=activations)
+        return QuantFormat(format_, size, symmetric, activations=self.activations, block=block)

@@ -269,7 +269,7 @@ def test_cast_refuses_bad_input(folders, data, tmp_path):
         plan(llama, "cast", weights="mxfp4")
     with pytest.raises(PassError, match=r"`lm_hed` matches no module"):
         plan(llama, "cast", weights="int8", overrides={"lm_hed": "bf16"})
-    with pytest.raises(CompressError, match=r"`activations: fp8` goes with `weights: fp8`"):
+    with pytest.raises(CompressError, match=r"`activations: fp8` does not go with `weights: int8`: int8 takes int8"):
         compress.apply("cast", folders["llama"], tmp_path / "o", weights="int8", activations="fp8")
     with pytest.raises(CompressError, match=r"nvfp4 has groups of 16: leave `group_size` out"):
         compress.apply("cast", folders["llama"], tmp_path / "o", weights="nvfp4", group_size=32)

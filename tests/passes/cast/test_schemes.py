@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
-import json
 from typing import get_args
 
 import pytest
 import torch
-from compressed_tensors.quantization.quant_scheme import PRESET_SCHEMES
+from compressed_tensors.quantization.quant_scheme import PRESET_SCHEMES, QuantizationScheme
 
+import compress
 from compress.checkpoint.open import open_checkpoint
+from compress.checkpoint.storage.compressed_tensors.write import render
 from compress.errors import RecipeError
 from compress.passes.cast.schemes import SCHEMES, SchemeName, find, refusal
 from compress.passes.cast.settings import CastSettings
 from compress.planning import planned_size, size_on_disk
 from compress.recipe import recipe_from_mapping, resolved
 from tests import pico
-from tests.toolbox import apply, plan, write
+from tests.toolbox import IDS, apply, our_logits, plan, stock_logits, write
 
 
 def test_schemes_are_listed_once():
@@ -34,21 +35,35 @@ def test_scheme_of_compressed_tensors_is_known_or_refused_with_one_that_is(name)
         assert refusal(name) is None
 
 
+SIZES = {"num_hidden_layers": 1, "hidden_size": 128, "head_dim": 32, "num_key_value_heads": 4, "intermediate_size": 256}
+
+
+def test_configs_of_schemes_are_those_of_compressed_tensors():
+    """What its presets serialise to, but for observers, which say how scales were found."""
+    before = open_checkpoint(pico.folder("llama", dtype=torch.bfloat16, **SIZES))
+    for name in SCHEMES:
+        (group,) = render(plan(before, "cast", scheme=name))["config_groups"].values()
+        for part in ("weights", "input_activations"):
+            args = PRESET_SCHEMES[name].get(part)
+            wanted = None if args is None else args.model_dump(mode="json")
+            given = {"group_size": None, **group[part]} if group[part] else None
+            assert given == (wanted and {k: v for k, v in wanted.items() if k != "observer"}), (name, part)
+        assert QuantizationScheme.model_validate(group)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [name for name in SCHEMES if name != "W4A16_ASYM"])  # stock loaders read none of it
-def test_scheme_is_written_as_planned_and_as_compressed_tensors_has_it(name, tmp_path):
-    sizes = {"num_hidden_layers": 1, "hidden_size": 128, "head_dim": 32, "intermediate_size": 256}
-    before = open_checkpoint(pico.folder("llama", dtype=torch.bfloat16, **sizes))
+def test_scheme_is_written_as_planned_and_read_by_stock_transformers(name, tmp_path):
+    """In a process without the package: its logits are ours, inputs quantised."""
+    before = open_checkpoint(pico.folder("llama", dtype=torch.bfloat16, **SIZES))
     settings = {"scheme": name, "method": "rtn"}
     written = write(apply(before, "cast", work=tmp_path / "work", **settings), tmp_path / "out")
     assert size_on_disk(written).bytes == planned_size(plan(before, "cast", **settings), "stock", 1 << 40).bytes
-    config = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]
-    (group,) = config["config_groups"].values()
-    wanted = PRESET_SCHEMES[name]
-    for part in ("weights", "input_activations"):
-        given, args = group.get(part), wanted.get(part)
-        assert (given is None) == (args is None), part
-        for key in ("num_bits", "type", "strategy", "symmetric", "dynamic", "group_size") if given else ():
-            assert given.get(key) == getattr(args, key), (part, key)
+    logits = our_logits(tmp_path / "out")
+    assert torch.equal(stock_logits(tmp_path / "out", tmp_path), logits)
+    with torch.no_grad():
+        dense = compress.load(tmp_path / "out", quantized_activations=False)(input_ids=IDS).logits.float()
+    assert torch.equal(dense, logits) == (SCHEMES[name].activations is None)
 
 
 def test_scheme_takes_smaller_groups_where_128_does_not_divide():

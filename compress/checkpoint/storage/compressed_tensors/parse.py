@@ -12,9 +12,9 @@ from compress.checkpoint.patterns import Matcher
 from compress.checkpoint.storage import parts
 from compress.checkpoint.storage.compressed_tensors.write import KEY, METHOD, cache_of
 from compress.checkpoint.storage.packed import INT8, PACKED
-from compress.checkpoint.storage.small_float import FP8, MXFP4, NVFP4
+from compress.checkpoint.storage.small_float import FP8, MXFP4, MXFP8, NVFP4
 from compress.errors import CheckpointError
-from compress.spec.formats import ACTIVATIONS, FIXED_GROUPS, FLOATS, INTEGERS, QuantFormat
+from compress.spec.formats import ACTIVATIONS, BLOCK, FIXED_GROUPS, FLOATS, INTEGERS, QuantFormat
 from compress.spec.spec import (
     CACHE_SCALES,
     FLOAT_DTYPES,
@@ -61,7 +61,7 @@ def parse(
             )
         elif chain in (MXFP4, NVFP4):
             inputs *= 2
-        dtype = "BF16" if chain in (MXFP4, NVFP4) else entry.dtype
+        dtype = "BF16" if chain in (MXFP8, MXFP4, NVFP4) else entry.dtype
         scale = entries.get(f"{module}.input_scale")
         if (
             scale is not None
@@ -164,12 +164,15 @@ def _format(config_group: Mapping[str, Any], module: str, where: str) -> tuple[Q
         chain = FP8 if scheme["type"] == "float" else INT8
     kind, bits, strategy, group = (scheme[key] for key in ("type", "num_bits", "strategy", "group_size"))
     name = {
-        PACKED: f"int{bits}", INT8: "int8", FP8: "fp8", MXFP4: "mxfp4", NVFP4: "nvfp4",
+        PACKED: f"int{bits}", INT8: "int8", FP8: "fp8", MXFP8: "mxfp8", MXFP4: "mxfp4", NVFP4: "nvfp4",
     }.get(chain, "")  # fmt: skip
     grouped = strategy in ("group", "tensor_group") and isinstance(group, int) and group > 0
-    fits = grouped or strategy == "channel" or (strategy == "tensor" and chain in (INT8, FP8))
+    block = (
+        chain == FP8 and strategy == "block" and weights.get("block_structure") in ([BLOCK, BLOCK], f"{BLOCK}x{BLOCK}")
+    )
+    fits = block or grouped or strategy == "channel" or (strategy == "tensor" and chain in (INT8, FP8))
     expected = ("int" if name in INTEGERS else "float", INTEGERS.get(name) or FLOATS.get(name))
-    fits = fits and (kind, bits) == expected and not scheme["dynamic"] and not weights.get("block_structure")
+    fits = fits and (kind, bits) == expected and not scheme["dynamic"] and block == bool(weights.get("block_structure"))
     if name in FIXED_GROUPS and (group != FIXED_GROUPS[name] or not scheme["symmetric"]):
         fits = False
     if not fits or str(weights.get("actorder")).lower() in ("group", "dynamic", "true"):
@@ -189,6 +192,5 @@ def _format(config_group: Mapping[str, Any], module: str, where: str) -> tuple[Q
                 f"quantises the inputs of {module} to {_text(inputs)}, which is not supported", where=where
             )
     whole = strategy == "tensor"
-    return QuantFormat(
-        name, group if grouped else 0, bool(scheme["symmetric"]), activations=activations, whole=whole
-    ), chain
+    size = BLOCK if block else group if grouped else 0
+    return QuantFormat(name, size, bool(scheme["symmetric"]), activations=activations, whole=whole, block=block), chain

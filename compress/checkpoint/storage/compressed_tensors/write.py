@@ -13,7 +13,7 @@ from typing import Any
 from compress.architectures.inferred import Inferred
 from compress.architectures.model_map import model_map
 from compress.checkpoint.storage import format_chain
-from compress.spec.formats import ACTIVATIONS, QuantFormat
+from compress.spec.formats import ACTIVATIONS, BLOCK, SCALE_DTYPES, QuantFormat
 from compress.spec.spec import Spec
 
 KEY = "quantization_config"
@@ -66,18 +66,22 @@ def render(spec: Spec) -> dict[str, Any] | None:
 
 def _weights(quant_format: QuantFormat) -> dict[str, Any]:
     strategy = "tensor" if quant_format.whole else "channel"
-    if quant_format.group:
+    if quant_format.block:
+        strategy = "block"
+    elif quant_format.group:
         strategy = "tensor_group" if quant_format.format == "nvfp4" else "group"
     result: dict[str, Any] = {
         "num_bits": quant_format.bits,
         "type": "int" if quant_format.is_integer else "float",
         "symmetric": quant_format.symmetric,
         "strategy": strategy,
-        "group_size": quant_format.group or None,
+        "group_size": None if quant_format.block else quant_format.group or None,
         "dynamic": False,
     }
-    if quant_format.format == "mxfp4":
-        result["scale_dtype"] = "torch.uint8"
+    if quant_format.block:
+        result["block_structure"] = [BLOCK, BLOCK]
+    if (dtype := SCALE_DTYPES.get(quant_format.format)) is not None:
+        result["scale_dtype"] = dtype
     return result
 
 
