@@ -3,8 +3,8 @@
     recipe.yaml ▶ recipe ▶ plan ▶ pipeline of passes ▶ evaluation ▶ report ▶ gates ▶ exit status
 
 `run` runs a recipe, `check` and `plan` try it on headers alone, `apply` applies one pass. `load` opens any checkpoint that
-this project writes as a transformers model, `unpack` writes its dense twin. `inspect` and `diff` show what checkpoints hold,
-`evaluate` and `gate` measure and judge them. What can go wrong is a `CompressError`.
+this project writes as a transformers model, `unpack` writes its dense twin, `export` a file of another runtime. `inspect` and
+`diff` show what checkpoints hold, `evaluate` and `gate` measure and judge them. What can go wrong is a `CompressError`.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from compress.api import check as check
     from compress.api import diff as diff
     from compress.api import evaluate as evaluate
+    from compress.api import export as export
     from compress.api import gate as gate
     from compress.api import inspect as inspect
     from compress.api import load as load
@@ -33,6 +34,7 @@ __all__ = [
     "check",
     "diff",
     "evaluate",
+    "export",
     "gate",
     "inspect",
     "load",

@@ -1,6 +1,7 @@
 """The Python API: the commands of the command line as functions that return values and print nothing."""
 
 from compress.api.checkpoints import diff, inspect, load, register_attention, unpack
+from compress.api.exports import export
 from compress.api.passes import apply
 from compress.api.quality import evaluate, gate
 from compress.api.recipes import check, plan, read_recipe, run
@@ -10,6 +11,7 @@ __all__ = [
     "check",
     "diff",
     "evaluate",
+    "export",
     "gate",
     "inspect",
     "load",

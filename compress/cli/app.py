@@ -6,6 +6,7 @@ from typing import Annotated, Optional
 import typer
 
 from compress.cli.commands.common import Code
+from compress.cli.export import export
 from compress.cli.help import GroupedHelp
 from compress.cli.options import (
     AllowLinks,
@@ -391,3 +392,6 @@ def clean(
     from compress.cli.commands import listing
 
     listing.clean(run_folder, everything=everything, dry_run=dry_run)
+
+
+app.command()(export)

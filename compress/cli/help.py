@@ -14,7 +14,7 @@ from compress.errors import CompressError
 GROUPS = {
     "Recipes": ("init", "check", "plan", "run"),
     "Quality": ("eval", "gate", "report"),
-    "Checkpoints": ("inspect", "diff", "unpack"),
+    "Checkpoints": ("inspect", "diff", "unpack", "export"),
     "Reference": ("passes", "schema"),
     "Run folders": ("runs", "clean"),
 }
@@ -46,6 +46,10 @@ EXAMPLES = {
     "inspect": ("compress inspect MODEL", "compress inspect MODEL --tensors --zeros"),
     "diff": ("compress diff MODEL out/model",),
     "unpack": ("compress unpack out/model out/dense",),
+    "export": (
+        "compress export out/model --to gguf -o out/model.gguf",
+        "compress export MODEL --to gguf -o model-q4_k.gguf --type Q4_K \\\n      --imatrix out/model.imatrix.gguf",
+    ),
     "passes": ("compress passes", "compress passes cast"),
     "schema": ("compress schema > recipe.schema.json",),
     "runs": ("compress runs out",),
@@ -126,7 +130,9 @@ WORDS = {
     "prune": "run",
     "oneshot": "run",
     "apply": "run",
-    "convert": "run",
+    "convert": "export",
+    "gguf": "export",
+    "onnx": "export",
 }
 
 

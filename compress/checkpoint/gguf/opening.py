@@ -123,10 +123,16 @@ def read_contents(folder: Path, name: str) -> GgufContents:
         for number in range(experts):  # a tensor that holds all experts has one after the other
             part, start = f"{key}[{number}]" if "{}" in new else key, stored.start + number * size
             decode = partial(
-                _decode, kind=stored.kind, shape=shape, heads=model.heads.get(key, 0), raised=key in model.raised
+                _decode,
+                kind=stored.kind,
+                shape=shape,
+                heads=model.heads.get(key, 0),
+                raised=key in model.raised,
+                transposed=key in model.transposed,
             )
             name_in_model = new.format(number)
-            tensors[name_in_model] = Tensor(name_in_model, shape, dtype)
+            logical = shape[::-1] if key in model.transposed else shape
+            tensors[name_in_model] = Tensor(name_in_model, logical, dtype)
             sources[name_in_model] = Quantized(f"GGUF {stored.kind.name}", {"blocks": part}, size, decode)
             entries[part] = TensorEntry("U8", (size,), start, start + size)
     return GgufContents(
@@ -153,8 +159,12 @@ def _decode(
     shape: tuple[int, ...],
     heads: int,
     raised: bool,
+    transposed: bool,
 ) -> torch.Tensor:
-    """Values of a tensor; rows of ``heads`` heads are put back in order, and one is taken from ``raised`` norms."""
+    """Values of a tensor; rows of ``heads`` heads are put back in order, and one is taken from ``raised`` norms.
+
+    ``transposed``: the stock class stores the matrix [I, O].
+    """
     import torch
 
     values = dequantize(arrays["blocks"], kind, shape, torch.float32 if raised else dtype)
@@ -162,4 +172,4 @@ def _decode(
         values = (values - 1).to(dtype)
     if heads:  # the converter stores the two halves of a head's rows alternately
         values = values.reshape(heads, -1, 2, *shape[1:]).transpose(1, 2).reshape(shape)
-    return values
+    return values.T.contiguous() if transposed else values

@@ -1,4 +1,4 @@
-"""Families of GGUF files: metadata ▶ config of the stock class, names of tensors, and what the converter changed in them.
+"""Families of GGUF files: names of tensors, fields of the config, and what the converter changed in them.
 
 The converter (convert_hf_to_gguf.py of llama.cpp) permutes rows of queries and keys for Llama's kind of rotary embedding, and
 adds one to the norms of Gemma. Both are undone on reading. Imports no torch.
@@ -6,17 +6,13 @@ adds one to the norms of Gemma. Both are undone on reading. Imports no torch.
 
 from __future__ import annotations
 
-import re
-import struct
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from math import pi
 from typing import Any
 
-from compress.errors import CheckpointError
+from compress.architectures.gguf.metadata import Metadata, shortest
 
-#: Function of the name of a small float32 tensor: its values.
-ReadFloats = Callable[[str], tuple[float, ...]]
 #: Part of a block's tensor name ▶ the module in the stock class.
 _BLOCK: Mapping[str, str] = {
     "attn_norm": "input_layernorm",
@@ -35,14 +31,9 @@ _SANDWICH = {
     "ffn_norm": "pre_feedforward_layernorm",
     "post_ffw_norm": "post_feedforward_layernorm",
 }
-_OUTSIDE: Mapping[str, str] = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
+OUTSIDE: Mapping[str, str] = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
 #: Tensors that only hold factors of rotary embeddings, which the config has instead.
-_FACTORS = ("rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight")
-_NAME = re.compile(r"blk\.(\d+)\.(\w+)\.(weight|bias)|(\w+)\.(weight|bias)")
-
-
-#: Rules by which a byte-level tokenizer splits text as that of GPT-2 does, or also at digits where the vocabulary joins none.
-_PLAIN = frozenset({"gpt-2", "phi-2", "mpt", "olmo", "jais", "smollm"})
+FACTORS = ("rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight")
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,6 +45,9 @@ class GgufFamily:
         permuted: whether rows of queries and keys are permuted. raised: whether one is added to norms.
             ``{}`` in it stands for the number of an expert, of which the file holds all in one tensor.
         config: fields of the config beyond the common ones.
+        prefix: of the names of blocks. outside: as ``blocks``, for tensors outside them.
+        transposed: ends of the modules whose matrices the stock class stores [I, O].
+        rotary: whether it is a decoder with RMS norms and rotary embeddings, whose `common` fields are alike.
     """
 
     model_type: str
@@ -62,133 +56,39 @@ class GgufFamily:
     config: Callable[[Metadata], dict[str, Any]]
     permuted: bool = False
     raised: bool = False
+    outside: Mapping[str, str] = field(default_factory=lambda: OUTSIDE)
+    prefix: str = "model.layers"
+    transposed: tuple[str, ...] = ()
+    rotary: bool = True
 
 
-@dataclass(frozen=True, slots=True)
-class GgufModel:
-    """Config, and for each tensor by its name in the file: its name in the stock class, and what is to be undone.
-
-    ``names``: with ``{}`` for the number of an expert where the tensor holds all. ``heads``: by name in the file, into how many
-    heads its permuted rows fall. ``raised``: names of tensors with one added.
-    """
-
-    config: dict[str, Any]
-    names: dict[str, str]
-    heads: dict[str, int]
-    raised: frozenset[str]
+def config_of(family: GgufFamily, metadata: Metadata) -> dict[str, Any]:
+    """The config of the stock class."""
+    config = {**(_common(metadata) if family.rotary else {}), **family.config(metadata)}
+    return config | {"model_type": family.model_type, "architectures": [family.class_name]}
 
 
-class Metadata:
-    """Metadata of a file, by keys of its architecture. Errors name the key."""
-
-    def __init__(
-        self, data: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]], read: ReadFloats, where: str
-    ) -> None:
-        self._data, self.shapes, self.read, self.where = data, shapes, read, where
-        self.architecture = str(data.get("general.architecture"))
-
-    def error(self, what: str, fix: str | None = None) -> CheckpointError:
-        """An error about the file."""
-        return CheckpointError(what, where=self.where, fix=fix)
-
-    def raw(self, key: str) -> Any:
-        """Value of a key with its full name; None without it."""
-        return self._data.get(key)
-
-    def count(self, key: str, default: int | None = None) -> int:
-        """A positive integer."""
-        value = self._data.get(f"{self.architecture}.{key}", default)
-        if type(value) is not int or value < 1:
-            raise self.error(f"has no usable `{self.architecture}.{key}`: {str(value)[:40]}")
-        return value
-
-    def number(self, key: str, default: float | None = None) -> float:
-        """A positive number, as its shortest decimal that float32 reads back."""
-        value = self._data.get(f"{self.architecture}.{key}", default)
-        if not isinstance(value, (int, float)) or isinstance(value, bool) or not 0 < value < float("inf"):
-            raise self.error(f"has no usable `{self.architecture}.{key}`: {str(value)[:40]}")
-        return shortest(value)
-
-    def has(self, key: str) -> bool:
-        """Whether the architecture's key is there."""
-        return f"{self.architecture}.{key}" in self._data
-
-    def text(self, key: str) -> str | None:
-        """A text; None without it."""
-        value = self._data.get(f"{self.architecture}.{key}")
-        return None if value is None else str(value)
-
-
-def shortest(value: float) -> float:
-    """The shortest decimal that gives the same float32: 1e-05 for 9.99999974e-06."""
-    single = struct.unpack("<f", struct.pack("<f", value))[0]
-    if single != value:
-        return value
-    return next(
-        x for digits in range(1, 18) if struct.pack("<f", x := float(f"{value:.{digits}g}")) == struct.pack("<f", value)
-    )
-
-
-def unknown_rules(data: Mapping[str, Any], known: Iterable[str]) -> str | None:
-    """Name of the rules by which the file's tokenizer splits text, where they are not ``known``; None where they are."""
-    rules = str(data.get("tokenizer.ggml.pre"))
-    byte_level = data.get("tokenizer.ggml.model") == "gpt2"  # others split at no rules
-    return repr(rules) if byte_level and rules not in _PLAIN.union(known) else None
-
-
-def gguf_model(
-    data: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]], read: ReadFloats, where: str
-) -> GgufModel:
-    """The model of a GGUF file.
-
-    Args:
-        data: metadata by key. shapes: of the tensors. read: reads a small tensor.
-
-    Raises:
-        CheckpointError: an architecture without an entry here, metadata that are missing, tensors that are unknown.
-    """
-    metadata = Metadata(data, shapes, read, where)
-    kind = metadata.architecture + " with experts" * metadata.has("expert_count")
-    if (family := _FAMILIES.get(kind)) is None:
-        raise metadata.error(
-            f"holds a model of the architecture `{kind}`, which is not read from GGUF",
-            f"it reads {', '.join(_FAMILIES)}; for others, start from the safetensors checkpoint",
-        )
-    config = {**_common(metadata), **family.config(metadata)}
-    config |= {"model_type": family.model_type, "architectures": [family.class_name]}
-    names, heads, raised = {}, {}, set()
-    for name in shapes:
-        if name in _FACTORS:
-            continue
-        match = _NAME.fullmatch(name)
-        block, part, end, outside, outer = match.groups() if match else (None,) * 5
-        module = family.blocks.get(part or "") if block else _OUTSIDE.get(outside or "")
-        if module is None:
-            raise metadata.error(f"has the tensor {name[:60]}, which {family.class_name} does not have")
-        names[name] = f"model.layers.{block}.{module}.{end}" if block else f"{module}.{outer}"
-        if (len(shapes[name]) == 3) != ("{}" in module):
-            raise metadata.error(f"has {name} of the shape {list(shapes[name])}, which {family.class_name} has not")
-        if family.permuted and part in ("attn_q", "attn_k"):
-            heads[name] = config["num_attention_heads" if part == "attn_q" else "num_key_value_heads"]
-            if shapes[name][0] % (2 * heads[name]):
-                raise metadata.error(f"has {shapes[name][0]} rows in {name}, which {heads[name]} heads do not divide")
-        if family.raised and (part or outside or "").endswith("norm"):
-            raised.add(name)
-    return GgufModel(config, names, heads, frozenset(raised))
-
-
-def _common(metadata: Metadata) -> dict[str, Any]:
-    """Fields of the config that all families have."""
+def _vocabulary(metadata: Metadata) -> dict[str, Any]:
+    """Fields of the config on the vocabulary."""
     shape = metadata.shapes.get("token_embd.weight", ())
     if len(shape) != 2:
         raise metadata.error("has no table of embeddings, token_embd.weight")
-    heads = metadata.count("attention.head_count")
     ids = {
         key: metadata.raw(f"tokenizer.ggml.{name}_token_id")
         for key, name in (("bos_token_id", "bos"), ("eos_token_id", "eos"), ("pad_token_id", "padding"))
     }
-    config = {
+    return {
         "vocab_size": shape[0],
+        "tie_word_embeddings": "output.weight" not in metadata.shapes,
+        **{key: value if type(value) is int else None for key, value in ids.items()},
+    }
+
+
+def _common(metadata: Metadata) -> dict[str, Any]:
+    """Fields of the config that families with rotary embeddings have."""
+    heads = metadata.count("attention.head_count")
+    config = {
+        **_vocabulary(metadata),
         "hidden_size": metadata.count("embedding_length"),
         "intermediate_size": metadata.count("feed_forward_length"),
         "num_hidden_layers": metadata.count("block_count"),
@@ -197,8 +97,6 @@ def _common(metadata: Metadata) -> dict[str, Any]:
         "max_position_embeddings": metadata.count("context_length"),
         "rms_norm_eps": metadata.number("attention.layer_norm_rms_epsilon"),
         "rope_theta": metadata.number("rope.freq_base", 10000.0),
-        "tie_word_embeddings": "output.weight" not in metadata.shapes,
-        **{key: value if type(value) is int else None for key, value in ids.items()},
     }
     return config | _rope_scaling(metadata)
 
@@ -206,7 +104,7 @@ def _common(metadata: Metadata) -> dict[str, Any]:
 def _rope_scaling(metadata: Metadata) -> dict[str, Any]:
     """``rope_scaling`` of a config; empty without any. Raises `CheckpointError` for a kind that is not known."""
     kind = metadata.text("rope.scaling.type")
-    factors = [name for name in _FACTORS if name in metadata.shapes]
+    factors = [name for name in FACTORS if name in metadata.shapes]
     if factors or kind in (None, "none", "longrope"):
         return {}  # the family reads the factors
     scaling: dict[str, Any] = {"rope_type": kind, "factor": metadata.number("rope.scaling.factor")}
@@ -247,16 +145,26 @@ def _llama3(metadata: Metadata, width: int) -> dict[str, Any]:
     factors = metadata.read("rope_freqs.weight")
     base, original, low, high = metadata.number("rope.freq_base", 10000.0), 8192, 1.0, 4.0
     factor = float(round(max(factors)))
-    expected = []
-    for place in range(0, width, 2):
-        wave = 2 * pi * base ** (place / width)
-        smooth = (original / wave - low) / (high - low)
-        full, none = wave < original / high, wave > original / low
-        expected.append(1.0 if full else factor if none else 1 / ((1 - smooth) / factor + smooth))
+    expected = llama3_factors(base, width, factor, low, high, original)
     if len(factors) != len(expected) or any(abs(a - b) > 1e-4 * b for a, b in zip(factors, expected, strict=True)):
         raise metadata.error("has rotary factors (rope_freqs.weight) that are not those of Llama 3")
     scaling = {"rope_type": "llama3", "factor": factor, "low_freq_factor": low, "high_freq_factor": high}
     return {**scaling, "original_max_position_embeddings": original}
+
+
+def llama3_factors(base: float, width: int, factor: float, low: float, high: float, original: float) -> list[float]:
+    """Factors by which Llama 3 divides the rotary frequencies of a head.
+
+    Args:
+        base: of the frequencies. width: of a head. factor, low, high, original: of the config's rotary scaling.
+    """
+    result = []
+    for place in range(0, width, 2):
+        wave = 2 * pi * base ** (place / width)
+        smooth = (original / wave - low) / (high - low)
+        full, none = wave < original / high, wave > original / low
+        result.append(1.0 if full else factor if none else 1 / ((1 - smooth) / factor + smooth))
+    return result
 
 
 def _qwen2(metadata: Metadata) -> dict[str, Any]:
@@ -338,6 +246,21 @@ def _phi3(metadata: Metadata) -> dict[str, Any]:
     return config
 
 
+def _gpt2(metadata: Metadata) -> dict[str, Any]:
+    width = metadata.count("embedding_length")
+    inner = metadata.count("feed_forward_length", 4 * width)
+    return {
+        **_vocabulary(metadata),
+        "n_embd": width,
+        "n_inner": None if inner == 4 * width else inner,
+        "n_layer": metadata.count("block_count"),
+        "n_head": metadata.count("attention.head_count"),
+        "n_positions": metadata.count("context_length"),
+        "layer_norm_epsilon": metadata.number("attention.layer_norm_epsilon", 1e-5),
+        "activation_function": "gelu_new",
+    }
+
+
 def _with(*more: Mapping[str, str]) -> Mapping[str, str]:
     return {key: value for names in (_BLOCK, *more) for key, value in names.items()}
 
@@ -354,7 +277,7 @@ def _without(parts: Iterable[str], more: Mapping[str, str]) -> Mapping[str, str]
 
 _DENSE = ("ffn_gate", "ffn_up", "ffn_down")
 #: Architecture in the file ▶ family.
-_FAMILIES: Mapping[str, GgufFamily] = {
+FAMILIES: Mapping[str, GgufFamily] = {
     "llama": GgufFamily("llama", "LlamaForCausalLM", _BLOCK, _llama, permuted=True),
     "llama with experts": GgufFamily(
         "mixtral",
@@ -381,5 +304,27 @@ _FAMILIES: Mapping[str, GgufFamily] = {
             {"attn_qkv": "self_attn.qkv_proj", "ffn_up": "mlp.gate_up_proj"},
         ),
         _phi3,
+    ),
+    "gpt2": GgufFamily(
+        "gpt2",
+        "GPT2LMHeadModel",
+        {
+            "attn_norm": "ln_1",
+            "attn_qkv": "attn.c_attn",
+            "attn_output": "attn.c_proj",
+            "ffn_norm": "ln_2",
+            "ffn_up": "mlp.c_fc",
+            "ffn_down": "mlp.c_proj",
+        },
+        _gpt2,
+        outside={
+            "token_embd": "transformer.wte",
+            "position_embd": "transformer.wpe",
+            "output_norm": "transformer.ln_f",
+            "output": "lm_head",
+        },
+        prefix="transformer.h",
+        transposed=(".c_attn", ".c_proj", ".c_fc"),
+        rotary=False,
     ),
 }
