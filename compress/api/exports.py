@@ -49,7 +49,7 @@ def export(
     from compress.exports.export import check_path
 
     if to not in TARGETS:
-        close = difflib.get_close_matches(to.lower(), TARGETS, n=1)
+        close = difflib.get_close_matches(to.lower(), TARGETS, n=1, cutoff=0.5)
         fix = f"did you mean `{close[0]}`?" if close else f"targets: {', '.join(TARGETS)}"
         raise CompressError(f"there is no target `{to}`", fix=fix)
     output = place(output)
