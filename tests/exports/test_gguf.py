@@ -101,7 +101,7 @@ def test_command_plans_writes_and_refuses(tmp_path, capsys, monkeypatch):
     assert "exact" in written.out
     status, refused = call()
     assert (status, "exists already; name another output" in refused.err) == (2, True)
-    with pytest.raises(CompressError, match="there is no target `ggml`; did you mean `gguf`?"):
+    with pytest.raises(CompressError, match="there is no target `ggml`; did you mean `gguf`"):
         compress.export(source, tmp_path / "b", to="ggml")
     with pytest.raises(CompressError, match="gguf has no setting `kind`; its settings: type, embeddings, imatrix"):
         compress.export(source, tmp_path / "b", to="gguf", kind="Q4_K")
