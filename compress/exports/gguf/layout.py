@@ -68,8 +68,8 @@ class GgufFile:
 
     def plan(self) -> ExportPlan:
         """Its size, and tensors by storage and type."""
-        with TemporaryDirectory() as folder:
-            writer = self.writer(Path(folder) / "header.gguf")
+        with TemporaryDirectory() as place:
+            writer = self.writer(Path(place) / "header.gguf")
             header = writer.fout[0].tell()
             writer.close()
         sizes = [4 * len(values) for values in self.model.factors.values()] + [t.bytes for t in self.tensors]
