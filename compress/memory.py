@@ -71,3 +71,13 @@ def keep_freed(size: int) -> None:
         if mallopt is not None:
             mallopt(-3, 32 << 20)  # M_MMAP_THRESHOLD: the largest it takes; larger tensors are always given back
             mallopt(-1, size)  # M_TRIM_THRESHOLD
+
+
+def compares_logits(parameters: int, max_ram: int | None) -> bool:
+    """Whether there is memory to compare the logits of a written model with so many parameters.
+
+    Args:
+        max_ram: memory for two models in float32; None for half of what is available.
+    """
+    room = available_memory() // 2 if max_ram is None else max_ram - resident_memory()
+    return 2 * 4 * parameters < room

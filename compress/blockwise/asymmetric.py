@@ -85,7 +85,10 @@ def symmetric_statistics(block: Block, *, tuned: bool = False) -> Iterator[Measu
 
 
 def asymmetric_statistics(block: Block, *, tuned: bool = False) -> Iterator[Measured]:
-    """The same with each group's mismatch, in a run with targets. The original's samples go through the block once as well."""
+    """The same with each group's mismatch, in a run with targets.
+
+    The original's samples go through the block once as well. Where the block's targets are not written yet, they are then.
+    """
     once, writers = block.groups_once(), _writers(block)
     shown = {number: writers[: writers.index(g[0])] for number, g in enumerate(once) if g[0] in writers}
     now = Passage(block, once, shown)
@@ -107,9 +110,15 @@ def asymmetric_statistics(block: Block, *, tuned: bool = False) -> Iterator[Meas
             block.round(group)
         del statistics, mismatch
         changed.append(before)
+    if block.write_targets is None:
+        then.close()
+    elif once:
+        with _restored(changed):
+            block.finish_targets(then.outputs())
+    else:
+        block.finish_targets()
     for before in changed:
         before.close()
-    then.close()
     yield from _end(block, [group for group in once if group not in differing], now, tuned)
 
 

@@ -109,6 +109,7 @@ class Block:
         inputs: hidden states that the changed blocks before it output.
         originals: hidden states that the original blocks before it output; targets: what the original block makes of those.
             Both None in a run without targets. original_view: the run around the original, where that is another one.
+        write_targets: writes the targets, from the original block's outputs if these are known; None once they are written.
         once: names of linears that read every token once, in the order of reading.
         last: the group that reads last in a pass, if it is always the same.
         last_part: what is left of a pass in which the groups were changed one after another.
@@ -129,6 +130,7 @@ class Block:
     originals: Activations | None = None
     targets: HiddenStates | None = None
     original_view: BlockView | None = None
+    write_targets: Callable[[Iterator[tuple[list[int], torch.Tensor]] | None], None] | None = None
     groups: list[list[TargetLinear]] = field(default_factory=list)
     once: list[str] = field(default_factory=list)
     last: int | None = None
@@ -147,6 +149,12 @@ class Block:
     def forward_original(self, rows: Sequence[int], hidden: torch.Tensor) -> torch.Tensor:
         """The same for hidden states of the original, whose encoder may have ended in others."""
         return (self.original_view or self.view).forward(self.index, self.module, rows, hidden)
+
+    def finish_targets(self, outputs: Iterator[tuple[list[int], torch.Tensor]] | None = None) -> None:
+        """Write the targets if they are not; without the original's outputs the block must be as it came."""
+        if self.write_targets is not None:
+            self.write_targets(outputs)
+            self.write_targets = None
 
     def token_mask(self, rows: Sequence[int]) -> torch.Tensor | None:
         """Which tokens of those samples count in front of the block, bool [len(rows), length]; None for all."""

@@ -13,6 +13,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from typing import Any, cast
 
 from compress.blockwise.activations import Activations, BlockStreams
@@ -122,12 +123,15 @@ class BlockRunner:
         )
         return left
 
-    def run(self, change: BlockFn, title: str, before: Callable[[], None] | None = None) -> RunnerResult:
+    def run(
+        self, change: BlockFn, title: str, before: Callable[[], None] | None = None, *, late_targets: bool = False
+    ) -> RunnerResult:
         """Change every block in order, up to the last one with a wanted tensor.
 
         Args:
             change: alters weights in the block's module, and returns masks, codes and factors by tensor.
             title: of the progress bar. before: called once it is known how blocks are called; a resumed run calls it again.
+            late_targets: the change gathers asymmetric statistics of every block, which write the original's outputs too.
 
         Raises:
             PassError: the model cannot be run block by block. CheckpointError: a block outputs NaN or infinite values.
@@ -158,7 +162,7 @@ class BlockRunner:
                 if index == begin or self.executor.is_first(index):
                     self._enter(index, stream)
                 with quiet_transformers(), self.streamed.block(index) as module:
-                    details = self._block(index, module, stream, change, last)
+                    details = self._block(index, module, stream, change, last, late_targets)
                 self.executor.room.learn()
                 details["seconds"] = round(time.perf_counter() - start, 3)
                 state.details.append(cast("BlockDetails", {"block": index, **details}))
@@ -178,19 +182,24 @@ class BlockRunner:
         if self._targets is not None:
             self._targets.enter(index)
 
-    def _block(self, index: int, module: Any, stream: BlockStreams, change: BlockFn, last: int) -> dict[str, Any]:
+    def _block(
+        self, index: int, module: Any, stream: BlockStreams, change: BlockFn, last: int, late_targets: bool
+    ) -> dict[str, Any]:
         """Change one loaded block, write its tensors and its outputs; the report's row of it."""
         linears, swaps = find_linears(self.streamed, index, module, self._by_block.get(index, ()))
         block = Block(self.executor, index, module, linears, swaps, stream.before(index))
         block.add_shared_inputs = self._shared.add
         block.runs = not self.executor.calls.is_left_out(index)
         if self._targets is not None:
-            block.originals, block.targets = self._targets.advance(index, module)
+            block.originals, block.targets = self._targets.states(index)
             block.original_view = self._targets.view
-            self.processes.barrier()  # reconstruction reads samples of other processes too
+            block.write_targets = partial(self._targets.write, index, module)
+            if not (late_targets and linears and block.runs and self._targets.view is not None):
+                block.finish_targets()
         self._shared.renew(block)
         if linears:
             self._change(block, change)
+        assert block.write_targets is None
         if index < last:
             self._outputs(block, stream.after(index))
         return block.details

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 
 from compress.blockwise.activations import Activations, BlockStreams, HiddenStates
 from compress.blockwise.executor import BlockExecutor
 from compress.checkpoint.values import Checkpoint
+
+#: Numbers of samples and a block's outputs for them, a batch at a time.
+Outputs: TypeAlias = Iterator[tuple[list[int], torch.Tensor]]
 
 
 @dataclass(frozen=True)
@@ -87,17 +90,27 @@ class TargetStream:
         """Make ready for block ``index``, the first of a list or the one to go on with; see `BlockExecutor.enter`."""
         self._original.enter(index if self._teacher is None else self._teacher.blocks(index).start, self._stream)
 
-    def advance(self, index: int, module: Any) -> tuple[Activations, HiddenStates]:
-        """Run the original's part for a block.
+    def states(self, index: int) -> tuple[Activations, HiddenStates]:
+        """The original's hidden states in front of a block, and those behind it, which `write` writes.
+
+        The latter have the channels that the block has.
+        """
+        after = self._stream.after(index)
+        channels = None if self._teacher is None else self._teacher.channels
+        return self._stream.before(index), after if channels is None else SelectedChannels(after, channels)
+
+    def write(self, index: int, module: Any, outputs: Outputs | None = None) -> None:
+        """Write the outputs of the original's part for a block.
 
         Args:
             module: the loaded block as it came, which is the original's where there is no teacher.
-
-        Returns:
-            The original's hidden states in front of the block, and behind it with the channels that the block has.
+            outputs: the outputs, where they are known already.
         """
         before, after = self._stream.before(index), self._stream.after(index)
-        if self._teacher is None:
+        if outputs is not None:
+            for rows, output in outputs:
+                after.write(rows, output)
+        elif self._teacher is None:
             self._original.write_outputs(index, module, before, after)
         else:
             source = before  # never written: a resume starts from it
@@ -106,8 +119,7 @@ class TargetStream:
                     self._original.write_outputs(number, original, source, after)
                 source = after
         after.sync()
-        channels = None if self._teacher is None else self._teacher.channels
-        return before, after if channels is None else SelectedChannels(after, channels)
+        self._executor.processes.barrier()  # reconstruction reads samples of other processes too
 
     def close(self) -> None:
         """Close the files; they stay on the disk."""

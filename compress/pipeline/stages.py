@@ -22,7 +22,7 @@ from compress.checkpoint.write import Written, write_checkpoint
 from compress.errors import CompressError, PassError, ResourceError, is_lack, one_line
 from compress.files import remove
 from compress.formatting import format_bytes
-from compress.memory import available_memory, peak_memory, reset_peak, resident_memory
+from compress.memory import compares_logits, give_back_freed, peak_memory, reset_peak
 from compress.passes.details import PassDetails
 from compress.pipeline.forecast import Forecast, predicted_seconds
 from compress.pipeline.state import Run
@@ -275,7 +275,7 @@ def check_result(stored: Stored, handed: Checkpoint, max_ram: int | None, before
         return time.perf_counter() - start
     check_keys(stored)
     check_codes(stored)
-    need = 2 * 4 * stored.spec.parameters
-    if need < (max_ram - resident_memory() if max_ram is not None else available_memory() // 2):
+    give_back_freed()
+    if compares_logits(stored.spec.parameters, max_ram):
         same_logits(handed, stored, before)
     return time.perf_counter() - start

@@ -13,6 +13,7 @@ from compress.checkpoint.storage.compressed_tensors.loaders import stock_holds
 from compress.checkpoint.store import Store, needs_code, with_storage
 from compress.errors import PassError, located
 from compress.evaluation.tasks import check_images, check_metrics, check_sounds, check_speed, task_of
+from compress.memory import compares_logits
 from compress.passes.base import EDITS, accepted_values, chosen_by_effort
 from compress.planning.plan import Plan, PlannedPass, PlannedStage
 from compress.planning.sizes import opened_size, planned_size, size_in_other
@@ -104,6 +105,8 @@ def make_plan(recipe: Recipe, spec: Spec, metadata: Mapping[str, str] | None = N
     if recipe.data.evaluation is not None and recipe.metrics:
         width = {"float32": 4, "bfloat16": 2, "float16": 2}[recipe.dtype]
         peak = max(peak, RUNTIME_BYTES + (spec.parameters + current.parameters) * width)
+    if compares_logits(current.parameters, recipe.max_ram):  # one model at a time, in float32, and its file mapped
+        peak = max(peak, RUNTIME_BYTES + 4 * current.parameters + planned[-1].size.bytes)
     beside = work_beside(recipe, spec, [stage.passes[-1].spec for stage in stages])
     return Plan(original, spec, store, stages, peak, lengths, beside)
 

@@ -11,7 +11,6 @@ from collections.abc import Iterable, Iterator
 import torch
 from torch.nn.functional import pad
 
-from compress.solvers.hessian import inverse_factor
 from compress.solvers.quant_format import Scales, codes_near, scaled
 from compress.solvers.quantease import fitted_scales
 from compress.spec.formats import QuantFormat
@@ -20,6 +19,9 @@ from compress.spec.formats import QuantFormat
 _BLOCK = 32
 #: Inputs and outputs of a tile: errors propagate one by one within it, and to other tiles in one product.
 _TILE = 32
+#: Outputs that GPTQ rounds at once. With 1 it takes 2.2 times as many steps for an objective that is 0.4 % lower
+#: (docs/decisions/002-output-curvature.md).
+_TOGETHER = 8
 #: Damping of the output curvature, in units of its diagonal's mean. It is estimated from few tokens: a real model of 135 M
 #: parameters loses a fifth less with 1 than with 0.05, and models of 5 M the same (docs/decisions/002-output-curvature.md).
 _SHRINKAGE = 1.0
@@ -196,26 +198,29 @@ def gptq_kronecker(
     quant_format: QuantFormat,
     scales: Scales,
     keep_OI: torch.Tensor | None = None,
+    together: int = _TOGETHER,
 ) -> torch.Tensor:
     """Return codes less zero points [O, I] by GPTQ for tr(F E H Eᵀ) instead of tr(E H Eᵀ).
 
-    Outputs have an order too, by falling curvature. With Uᵀ U = H⁻¹ and Vᵀ V = F⁻¹ the objective is a sum of squares, one for
-    each weight, which depends on that weight and on those before it by input and output. Each weight is rounded so that its
-    square is least. It can be rounded once those before it are, so a whole antidiagonal is rounded at once: of tiles, and of
-    weights within tiles.
+    Outputs have an order too, by falling curvature, and are cut into groups. With Uᵀ U = H⁻¹ and F = X D Xᵀ, where X is unit
+    upper block triangular, the objective is a sum of squares, one for each input and group, which depends on the weights of
+    that input and group and on those before them. Each weight is rounded so that its share of the square is least, without
+    regard to the others of its group. It can be rounded once those before it are, so a whole antidiagonal of inputs and
+    groups is rounded at once: of tiles, and of groups within tiles.
 
     Args:
         W_OI: weights, [out, in], float32.
         U_II: upper triangular with Uᵀ U = H⁻¹, rows and columns in ``order_I`` (see `hessian.inverse_factor`).
         order_I: the order in which inputs are rounded.
         F_OO, quant_format, scales, keep_OI: as in `yaqa`.
+        together: outputs of a group; with 1 every square is that of one weight.
 
     Source: the feedback of YAQA (arXiv 2505.22988), for scalars.
     """
     outputs, inputs = W_OI.shape
     size = quant_format.group or inputs
     order_O = torch.argsort(F_OO.diagonal(), descending=True, stable=True)
-    before_II, before_OO = _feedback(U_II, F_OO[order_O][:, order_O])
+    before_II, before_OO = _feedback(U_II, F_OO[order_O][:, order_O], together)
 
     def ordered(t_IO: torch.Tensor) -> torch.Tensor:
         return t_IO.index_select(1, order_O)
@@ -225,22 +230,24 @@ def gptq_kronecker(
     zero_IO = None if scales.zero is None else ordered(scales.zero.t().index_select(0, order_I // size))
     keep_IO = None if keep_OI is None else ordered(keep_OI.t().index_select(0, order_I))
     error_IO, code_IO = torch.empty_like(W_IO), torch.empty_like(W_IO)
-    for places in _antidiagonals(inputs, outputs):
+    wide = _TILE if together == 1 else 2 * _TILE
+    for places in _antidiagonals(inputs, outputs, wide):
 
         def stack(parts: Iterable[torch.Tensor], fill: float = 0.0) -> torch.Tensor:
-            """Return the tiles of this antidiagonal [N, B, B], padded at the edges, with outputs reversed."""
-            whole = [pad(p, (0, _TILE - p.shape[1], 0, _TILE - p.shape[0]), value=fill) for p in parts]
-            return torch.stack(whole).flip(2)
+            """Return the tiles of this antidiagonal [N, B, G, S], padded at the edges, with groups reversed."""
+            whole = [pad(p, (0, wide - p.shape[1], 0, _TILE - p.shape[0]), value=fill) for p in parts]
+            return torch.stack(whole).view(len(whole), _TILE, -1, together).flip(2)
 
         target = stack(W_IO[b, c] - before_II[: b.start, b].T @ error_IO[: b.start, c] for b, c in places)
         feedback = stack(error_IO[b, : c.start] @ before_OO[: c.start, c] for b, c in places)
-        by_input = stack(before_II[b, b] for b, _ in places).flip(2).mT
-        by_output = stack(before_OO[c, c] for _, c in places).flip(1)
+        by_input = torch.stack([_padded(before_II[b, b].T, _TILE) for b, _ in places])
+        by_output = torch.stack([_padded(before_OO[c, c], wide) for _, c in places])
+        by_output = by_output.view(len(places), wide // together, together, -1, together).flip(1, 3)
         scale = stack((scale_IO[p] for p in places), 1.0)
         zero = None if zero_IO is None else stack(zero_IO[p] for p in places)
         removed = None if keep_IO is None else ~stack(keep_IO[p] for p in places)
         code = _round_tiles(target, feedback, by_input, by_output, scale, zero, removed, quant_format)
-        error, code = target.flip(2), code.flip(2)
+        error, code = (t.flip(2).view(len(places), _TILE, wide) for t in (target, code))
         for n, p in enumerate(places):
             shape = error_IO[p].shape
             error_IO[p], code_IO[p] = error[n, : shape[0], : shape[1]], code[n, : shape[0], : shape[1]]
@@ -249,24 +256,35 @@ def gptq_kronecker(
     return result.t().contiguous()
 
 
-def _antidiagonals(inputs: int, outputs: int) -> Iterator[list[tuple[slice, slice]]]:
+def _padded(square: torch.Tensor, size: int) -> torch.Tensor:
+    return pad(square, (0, size - len(square), 0, size - len(square)))
+
+
+def _antidiagonals(inputs: int, outputs: int, wide: int) -> Iterator[list[tuple[slice, slice]]]:
     """Yield the tiles of each antidiagonal, as slices of inputs and of outputs."""
-    rows, columns = range(0, inputs, _TILE), range(0, outputs, _TILE)
+    rows, columns = range(0, inputs, _TILE), range(0, outputs, wide)
     for number in range(len(rows) + len(columns) - 1):
         tiles = [(i, columns[number - r]) for r, i in enumerate(rows) if 0 <= number - r < len(columns)]
-        yield [(slice(i, i + _TILE), slice(o, o + _TILE)) for i, o in tiles]
+        yield [(slice(i, i + _TILE), slice(o, o + wide)) for i, o in tiles]
 
 
-def _feedback(U_II: torch.Tensor, F_OO: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the feedback of errors from earlier inputs [I, I] and from earlier outputs [O, O], strictly upper triangular.
+def _feedback(U_II: torch.Tensor, F_OO: torch.Tensor, together: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the feedback of errors from earlier inputs [I, I] and from earlier groups of outputs [O, O].
 
-    With Ũ and Ṽ the factors of H⁻¹ and F⁻¹, rows over their diagonals, these are Ũ - 1 and 1 - Ṽ⁻¹.
+    The first is Ũ - 1, where Ũ is U with rows over their diagonals. The second is 1 - X, where X is an upper triangular factor,
+    X Xᵀ = F, times the inverses of its diagonal blocks. Both are strictly upper (block) triangular.
     """
     before_II = (U_II / U_II.diagonal()[:, None]).triu_(1)
-    V_OO, _ = inverse_factor(F_OO, 1e-6)
-    V_OO = V_OO / V_OO.diagonal()[:, None]
-    before_OO = torch.linalg.solve_triangular(V_OO, torch.eye(len(V_OO)).to(V_OO), upper=True, unitriangular=True)
-    return before_II, before_OO.neg_().triu_(1)
+    outputs = len(F_OO)
+    X_OO = torch.linalg.cholesky(F_OO.flip(0, 1)).flip(0, 1)
+    X_OGS = pad(X_OO, (0, -outputs % together)).view(outputs, -1, together)
+    blocks = pad(X_OO, (0, -outputs % together, 0, -outputs % together)).view(-1, together, X_OGS.shape[1], together)
+    D_GSS = blocks.diagonal(dim1=0, dim2=2).permute(2, 0, 1).contiguous()
+    D_GSS[-1].diagonal()[together - (-outputs % together) :] = 1
+    inverse_GSS = torch.linalg.solve_triangular(D_GSS, torch.eye(together).to(D_GSS), upper=True)
+    X_OO = (X_OGS.transpose(0, 1) @ inverse_GSS).transpose(0, 1).reshape(outputs, -1)[:, :outputs]
+    group_O = torch.arange(outputs, device=X_OO.device) // together
+    return before_II, X_OO.neg().masked_fill_(group_O[:, None] >= group_O, 0)
 
 
 def _round_tiles(
@@ -279,29 +297,35 @@ def _round_tiles(
     removed: torch.Tensor | None,
     quant_format: QuantFormat,
 ) -> torch.Tensor:
-    """Return the codes of N independent tiles, [N, B inputs, B outputs], outputs reversed; ``target`` becomes their errors.
+    """Return the codes of N independent tiles, [N, B inputs, G groups, S outputs], groups reversed; ``target`` becomes errors.
 
-    An antidiagonal of weights is rounded at once. With outputs reversed it is a diagonal, and its rows and columns are slices.
+    An antidiagonal of groups is rounded at once. With groups reversed it is a diagonal, and its rows and columns are slices.
 
     Args:
-        target: weights less the feedback of earlier inputs outside the tile. fed: feedback of earlier outputs outside it.
-        by_input, by_output: feedback within tiles. scale, zero: of each weight. gone: removed weights.
+        target: weights less the feedback of earlier inputs outside the tile. feedback: that of earlier outputs outside it.
+        by_input: feedback within tiles, to and from inputs, [N, B, B]. by_output: from and to outputs, [N, G, S, G, S].
+        scale, zero: of each weight. removed: removed weights.
     """
     code = torch.zeros_like(target)
-    for t in range(2 * _TILE - 1):
-        at = _TILE - 1 - t
-        i = slice(max(0, -at), min(t, _TILE - 1) + 1)
-        o = slice(i.start + at, i.stop + at)
+    tiles, inputs, groups, size = target.shape
+    by_output = by_output.reshape(tiles, groups, size, groups * size)
+    feedback = feedback.reshape(tiles, inputs, 1, groups * size)
+    fed = feedback.view(target.shape)
+    for t in range(inputs + groups - 1):
+        at = groups - 1 - t
+        i = slice(max(0, -at), min(inputs, groups - at))
+        g = slice(i.start + at, i.stop + at)
         whole, step = target.diagonal(at, 1, 2), scale.diagonal(at, 1, 2)
         zero_point = None if zero is None else zero.diagonal(at, 1, 2)
-        rounded = codes_near(whole - feedback.diagonal(at, 1, 2), step, zero_point, quant_format)
+        rounded = codes_near(whole - fed.diagonal(at, 1, 2), step, zero_point, quant_format)
         if removed is not None:
             rounded.masked_fill_(removed.diagonal(at, 1, 2), 0)
         code.diagonal(at, 1, 2).copy_(rounded)
         error = torch.addcmul(whole, rounded, step, value=-1)
         whole.copy_(error)
-        target[:, :, o].addcmul_(by_input[:, :, i], error[:, None], value=-1)
-        feedback[:, i].addcmul_(error[:, :, None], by_output[:, o])
+        error = error.mT  # [N, groups, S]
+        target[:, :, g].addcmul_(by_input[:, :, i, None], error[:, None], value=-1)
+        feedback[:, i].add_(error[:, :, None] @ by_output[:, g])
     return code
 
 

@@ -95,8 +95,8 @@ def test_refitted_scales_lower_error_as_far_as_they_go(quant_format):
         assert cost(W, codes, other, H, F) >= cost(W, codes, found, H, F) * (1 - 1e-6)
 
 
-def rounded_one_by_one(W, H, F, order_I, quant_format, scales, keep):
-    """GPTQ on the whole matrix as one vector, input by input and in each output by output, with the Kronecker product itself."""
+def rounded_in_order(W, H, F, order_I, quant_format, scales, keep, together):
+    """GPTQ on the whole matrix as one vector, by input and in each by groups of outputs, with the Kronecker product itself."""
     order_O = torch.argsort(F.diagonal(), descending=True, stable=True)
     outputs, size = len(W), W.shape[1] // scales.scale.shape[1]
     whole = torch.kron(H[order_I][:, order_I].double(), F[order_O][:, order_O].double())
@@ -104,39 +104,45 @@ def rounded_one_by_one(W, H, F, order_I, quant_format, scales, keep):
     low, high = code_range(quant_format)
     left = W.t()[order_I][:, order_O].double().flatten().clone()
     codes = torch.zeros_like(W)
-    for k in range(len(left)):
-        i, o = int(order_I[k // outputs]), int(order_O[k % outputs])
-        scale = float(scales.scale[o, i // size])
-        zero = 0.0 if scales.zero is None else float(scales.zero[o, i // size])
-        code = min(max(round(float(left[k]) / scale + zero), low), high) - zero
-        codes[o, i] = code if keep is None or keep[o, i] else 0.0
-        left[k:] -= (left[k] - float(codes[o, i]) * scale) / U[k, k] * U[k, k:]
+    for begin in (i * outputs + o for i in range(W.shape[1]) for o in range(0, outputs, together)):
+        end = min(begin + together, (begin // outputs + 1) * outputs)
+        errors = torch.zeros(end - begin, dtype=torch.float64)
+        for k in range(begin, end):
+            i, o = int(order_I[k // outputs]), int(order_O[k % outputs])
+            scale = float(scales.scale[o, i // size])
+            zero = 0.0 if scales.zero is None else float(scales.zero[o, i // size])
+            code = min(max(round(float(left[k]) / scale + zero), low), high) - zero
+            codes[o, i] = code if keep is None or keep[o, i] else 0.0
+            errors[k - begin] = left[k] - float(codes[o, i]) * scale
+        left[end:] -= errors @ torch.linalg.inv(U[begin:end, begin:end]) @ U[begin:end, end:]
     return codes
 
 
 @pytest.mark.parametrize(
     "quant_format", [QuantFormat("int3", 8), QuantFormat("int4", 12, False), QuantFormat("int2", 0)], ids=str
 )
-@pytest.mark.parametrize(("outputs", "inputs"), [(7, 24), (40, 24), (33, 48), (5, 72)])
+@pytest.mark.parametrize(
+    ("outputs", "inputs", "together"), [(7, 24, 1), (40, 24, 1), (33, 48, 4), (40, 24, 8), (5, 72, 8)]
+)
 @pytest.mark.parametrize("pruned", [False, True])
-def test_gptq_kronecker_matches_gptq_on_full_product(quant_format, outputs, inputs, pruned):
+def test_gptq_kronecker_matches_gptq_on_full_product(quant_format, outputs, inputs, together, pruned):
     W, X = layer(outputs, inputs)
     H = damped((X.T @ X).double())[0]
     F = curvature(outputs)
     keep = torch.rand(W.shape, generator=torch.Generator().manual_seed(3)) < 0.7 if pruned else None
     scales = fit(W, quant_format, H.diagonal(), keep)
     order, U, _ = act_order_factor(H, 0.0)
-    found = gptq_kronecker(
-        W.double(), U, order, F.double(), quant_format, Scales(*(t if t is None else t.double() for t in scales)), keep
-    )
-    wanted = rounded_one_by_one(W, H, F, order, quant_format, scales, keep)
-    assert (found != wanted).float().mean() <= 0.002  # the inverse of F has a millionth of damping
+    double = Scales(*(t if t is None else t.double() for t in scales))
+    found = gptq_kronecker(W.double(), U, order, F.double(), quant_format, double, keep, together)
+    wanted = rounded_in_order(W, H, F, order, quant_format, scales, keep, together)
+    assert (found != wanted).float().mean() <= 0.002
     if keep is not None:
         assert (found[~keep] == 0).all()
     plain = integer_codes(gptq(W, U.float(), order, quant_format, scales, keep), quant_format, scales, keep)
     error = kronecker_error(W, found.float(), scales, H.float(), F)
     assert error == pytest.approx(cost(W, found, scales, H, F), rel=1e-3)
-    assert error < kronecker_error(W, plain, scales, H.float(), F)
+    worst = kronecker_error(W, plain, scales, H.float(), F)
+    assert error < worst or (together >= outputs and error < worst * 1.001)
 
 
 def test_yaqa_keeps_quantease_codes_when_outputs_are_uncorrelated():

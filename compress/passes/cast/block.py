@@ -194,6 +194,7 @@ def cast_blocks(checkpoint: Checkpoint, spec: Spec, settings: CastSettings, cont
         lambda block: cast_block(block, options),
         f"casting by {settings.method}",
         gradients.measure if gradients is not None else None,
+        late_targets=options.asymmetric,
     )
     context.details["blocks"] = result.details
     return result.reader()

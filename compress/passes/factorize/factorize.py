@@ -96,7 +96,7 @@ class Factorize(Pass[FactorizeSettings]):
         runner = open_runner(
             checkpoint, ranks, context, workspace=context.workspace.folder("runner"), with_targets=True
         )
-        result = runner.run(lambda block: factor_block(block, options), "factorising")
+        result = runner.run(lambda block: factor_block(block, options), "factorising", late_targets=True)
         context.details["blocks"] = result.details
         read = result.reader()
         after = factored(spec, ranks)

@@ -72,7 +72,7 @@ def _cluster_blocks(checkpoint: Checkpoint, spec: Spec, names: list[str], contex
     runner = open_runner(
         checkpoint, names, context, workspace=context.workspace.folder("codebooks"), with_targets=coarse
     )
-    result = runner.run(lambda block: codebook_block(block, options), "clustering weights")
+    result = runner.run(lambda block: codebook_block(block, options), "clustering weights", late_targets=coarse)
     context.details["blocks"] = result.details
     return result.reader()
 
