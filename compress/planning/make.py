@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from compress import passes
@@ -101,14 +101,19 @@ def make_plan(recipe: Recipe, spec: Spec, metadata: Mapping[str, str] | None = N
     stages = tuple(
         PlannedStage(number, tuple(group)) for number, group in enumerate(fuse(planned, recipe.evaluate_at), 1)
     )
-    peak = max(p.peak_memory for p in planned)
-    if recipe.data.evaluation is not None and recipe.metrics:
-        width = {"float32": 4, "bfloat16": 2, "float16": 2}[recipe.dtype]
-        peak = max(peak, RUNTIME_BYTES + (spec.parameters + current.parameters) * width)
-    if compares_logits(current.parameters, recipe.max_ram):  # one model at a time, in float32, and its file mapped
-        peak = max(peak, RUNTIME_BYTES + 4 * current.parameters + planned[-1].size.bytes)
+    peak = max(*(p.peak_memory for p in planned), *_peaks_beside(recipe, spec, planned[-1]))
     beside = work_beside(recipe, spec, [stage.passes[-1].spec for stage in stages])
     return Plan(original, spec, store, stages, peak, lengths, beside)
+
+
+def _peaks_beside(recipe: Recipe, spec: Spec, last: PlannedPass) -> Iterator[int]:
+    """Resident bytes of evaluation, and of the check of the result's logits, where they take place."""
+    parameters = last.spec.parameters
+    if recipe.data.evaluation is not None and recipe.metrics:
+        width = {"float32": 4, "bfloat16": 2, "float16": 2}[recipe.dtype]
+        yield RUNTIME_BYTES + (spec.parameters + parameters) * width
+    if compares_logits(parameters, recipe.max_ram):  # one model at a time, in float32, and its file mapped
+        yield RUNTIME_BYTES + 4 * parameters + last.size.bytes
 
 
 def plan_pass(spec: Spec, instance: Pass[Any], settings: Any, store: Store) -> Spec:

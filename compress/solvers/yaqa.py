@@ -235,14 +235,13 @@ def gptq_kronecker(
 
         def stack(parts: Iterable[torch.Tensor], fill: float = 0.0) -> torch.Tensor:
             """Return the tiles of this antidiagonal [N, B, G, S], padded at the edges, with groups reversed."""
-            whole = [pad(p, (0, wide - p.shape[1], 0, _TILE - p.shape[0]), value=fill) for p in parts]
-            return torch.stack(whole).view(len(whole), _TILE, -1, together).flip(2)
+            return _stacked(parts, _TILE, wide, fill).unflatten(2, (-1, together)).flip(2)
 
         target = stack(W_IO[b, c] - before_II[: b.start, b].T @ error_IO[: b.start, c] for b, c in places)
         feedback = stack(error_IO[b, : c.start] @ before_OO[: c.start, c] for b, c in places)
-        by_input = torch.stack([_padded(before_II[b, b].T, _TILE) for b, _ in places])
-        by_output = torch.stack([_padded(before_OO[c, c], wide) for _, c in places])
-        by_output = by_output.view(len(places), wide // together, together, -1, together).flip(1, 3)
+        by_input = _stacked((before_II[b, b].T for b, _ in places), _TILE)
+        by_output = _stacked((before_OO[c, c] for _, c in places), wide)
+        by_output = by_output.view(len(places), -1, together, wide // together, together).flip(1, 3)
         scale = stack((scale_IO[p] for p in places), 1.0)
         zero = None if zero_IO is None else stack(zero_IO[p] for p in places)
         removed = None if keep_IO is None else ~stack(keep_IO[p] for p in places)
@@ -256,8 +255,10 @@ def gptq_kronecker(
     return result.t().contiguous()
 
 
-def _padded(square: torch.Tensor, size: int) -> torch.Tensor:
-    return pad(square, (0, size - len(square), 0, size - len(square)))
+def _stacked(parts: Iterable[torch.Tensor], rows: int, columns: int | None = None, fill: float = 0.0) -> torch.Tensor:
+    """Return matrices, each padded to [rows, columns], a square by default, in one tensor."""
+    columns = columns or rows
+    return torch.stack([pad(part, (0, columns - part.shape[1], 0, rows - part.shape[0]), value=fill) for part in parts])
 
 
 def _antidiagonals(inputs: int, outputs: int, wide: int) -> Iterator[list[tuple[slice, slice]]]:
