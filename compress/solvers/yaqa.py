@@ -7,6 +7,7 @@ that the weights of one input are contiguous.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from functools import partial
 
 import torch
 from torch.nn.functional import pad
@@ -221,10 +222,7 @@ def gptq_kronecker(
     size = quant_format.group or inputs
     order_O = torch.argsort(F_OO.diagonal(), descending=True, stable=True)
     before_II, before_OO = _feedback(U_II, F_OO[order_O][:, order_O], together)
-
-    def ordered(t_IO: torch.Tensor) -> torch.Tensor:
-        return t_IO.index_select(1, order_O)
-
+    ordered = partial(torch.index_select, dim=1, index=order_O)
     W_IO = ordered(W_OI.t().index_select(0, order_I))
     scale_IO = ordered(scales.scale.t().index_select(0, order_I // size))
     zero_IO = None if scales.zero is None else ordered(scales.zero.t().index_select(0, order_I // size))
@@ -235,7 +233,7 @@ def gptq_kronecker(
 
         def stack(parts: Iterable[torch.Tensor], fill: float = 0.0) -> torch.Tensor:
             """Return the tiles of this antidiagonal [N, B, G, S], padded at the edges, with groups reversed."""
-            return _stacked(parts, _TILE, wide, fill).unflatten(2, (-1, together)).flip(2)
+            return _stacked(parts, _TILE, wide, fill).view(-1, _TILE, wide // together, together).flip(2)
 
         target = stack(W_IO[b, c] - before_II[: b.start, b].T @ error_IO[: b.start, c] for b, c in places)
         feedback = stack(error_IO[b, : c.start] @ before_OO[: c.start, c] for b, c in places)
@@ -248,8 +246,8 @@ def gptq_kronecker(
         code = _round_tiles(target, feedback, by_input, by_output, scale, zero, removed, quant_format)
         error, code = (t.flip(2).view(len(places), _TILE, wide) for t in (target, code))
         for n, p in enumerate(places):
-            shape = error_IO[p].shape
-            error_IO[p], code_IO[p] = error[n, : shape[0], : shape[1]], code[n, : shape[0], : shape[1]]
+            b, c = error_IO[p].shape
+            error_IO[p], code_IO[p] = error[n, :b, :c], code[n, :b, :c]
     result = torch.empty_like(code_IO)
     result[order_I[:, None], order_O] = code_IO
     return result.t().contiguous()
