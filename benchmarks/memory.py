@@ -230,11 +230,11 @@ def casting(scratch: Path) -> list[str]:
     ]
 
 
-def blocks(scratch: Path, jobs: list[str]) -> list[str]:
+def blocks(scratch: Path, jobs: list[str], shapes: list[str]) -> list[str]:
     """Passes on one block of large shapes; `jobs` are names of passes, all where it is empty."""
     rows = []
-    for shape, entries in BLOCKS.items():
-        for entry in entries:
+    for shape in shapes:
+        for entry in BLOCKS[shape]:
             ((name, settings),) = entry.items()
             if jobs and name not in jobs:
                 continue
@@ -306,13 +306,14 @@ def main() -> None:
         choices=["memory", "memory-structured", "memory-cast", "memory-plan", "memory-block"],
     )
     parser.add_argument("--jobs", nargs="*", default=[], help="passes of memory-block")
+    parser.add_argument("--shapes", nargs="+", default=list(BLOCKS), choices=list(BLOCKS), help="of memory-block")
     args = parser.parse_args()
     scratch = Path(tempfile.mkdtemp(prefix="compress-bench-", dir=os.environ.get("BENCH_DIR")))
     try:
         if args.section == "memory-plan":
             rows = planned(scratch)
         elif args.section == "memory-block":
-            rows = blocks(scratch, args.jobs)
+            rows = blocks(scratch, args.jobs, args.shapes)
         elif args.section == "memory-cast":
             rows = casting(scratch)
         else:
