@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
-from typing import Annotated, Any, NamedTuple
+from collections.abc import Iterable, Mapping
+from typing import Annotated, Any, NamedTuple, get_args
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSchema
 from pydantic_core import PydanticCustomError, to_jsonable_python
@@ -169,6 +169,31 @@ Level = Annotated[
     float, BeforeValidator(parse_level), WithJsonSchema({"type": ["number", "string"], "examples": [0.95, "95%"]})
 ]
 PatternNM = Annotated[Pattern, BeforeValidator(parse_pattern), WithJsonSchema({"type": "string", "examples": ["2:4"]})]
+
+
+def shares_of(model: type[BaseModel]) -> frozenset[str]:
+    """Names of the settings that a share can be given for."""
+
+    def has(parts: Iterable[Any]) -> bool:
+        return any(_is_share(part) or has(get_args(part)) for part in parts)
+
+    return frozenset(name for name, field in model.model_fields.items() if has((field.annotation, *field.metadata)))
+
+
+def _is_share(part: Any) -> bool:
+    """Whether the examples of a schema have a percentage, and do not begin with a plain number below 1."""
+    schema = part.json_schema if isinstance(part, WithJsonSchema) else None
+    examples: list[Any] = (schema or {}).get("examples", [])
+    return any(str(one).endswith("%") for one in examples) and not isinstance(examples[0], float)
+
+
+def percentage(value: Any) -> Any:
+    """A share as it is best written, ``50%``; any other value, and a share that a percentage would change, as it is."""
+    if not isinstance(value, float):
+        return value
+    text = f"{100 * value:.10g}%"
+    match = _PERCENT.match(text)
+    return text if match is not None and float(match[1]) / 100 == value else value
 
 
 class Increase(Settings):

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, TypeAlias
 
-from compress.escape import in_one_line, printable
+from compress.escape import in_one_line, markdown, printable
 
 #: A column's name, or its name and layout: ``right`` (numbers) or ``whole`` (never wrapped).
 Column: TypeAlias = str | tuple[str, str]
@@ -39,6 +39,13 @@ class TextTable:
         """The layout of each column: ``left`` (which may wrap), ``right`` or ``whole``."""
         return ["left" if isinstance(column, str) else column[1] for column in self.columns]
 
+    def to_markdown(self) -> str:
+        """The table in Markdown, with its title above it."""
+        marks = ["--:" if kind == "right" else "---" for kind in self.kinds]
+        rows = [[in_one_line(str(cell)).replace("|", "\\|") for cell in row] for row in (self.names, marks, *self.rows)]
+        lines = [markdown(f"| {' | '.join(row)} |") for row in rows]
+        return "\n".join([markdown(f"**{in_one_line(self.title)}**"), "", *lines] if self.title else lines)
+
     def to_html(self) -> str:
         """The table in HTML, with its title as its caption."""
 
@@ -61,7 +68,7 @@ def _escaped(text: str) -> str:
 
 
 class Shown:
-    """A result that a prompt shows as one line, and a notebook as a line and tables."""
+    """A result that a prompt shows as one line, and a notebook as a line and tables, in HTML or Markdown."""
 
     def headline(self) -> str:
         """The result in one line."""
@@ -74,6 +81,10 @@ class Shown:
     def __repr__(self) -> str:
         text = f"<{type(self).__name__}: {in_one_line(self.headline())}>"
         return text if len(text) <= _REPR else text[: _REPR - 2] + "…>"
+
+    def _repr_markdown_(self) -> str:
+        parts = [markdown(in_one_line(self.headline())), *(table.to_markdown() for table in self.tables())]
+        return "\n\n".join(parts)
 
     def _repr_html_(self) -> str:
         return f"<p>{_escaped(self.headline())}</p>" + "".join(table.to_html() for table in self.tables())

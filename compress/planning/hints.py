@@ -25,9 +25,9 @@ _TABLES, _FLOATS, _STORES = 0.3, 0.5, 0.15
 
 
 def hints(recipe: Recipe, plan: Plan) -> list[str]:
-    """A sentence for each thing that a recipe could do better: tables, 32-bit floats, the store, evaluation, gates."""
+    """A sentence for each thing that a recipe could do better: tables, 32-bit floats, groups, the store, evaluation, gates."""
     tables = list(_tables(recipe, plan))
-    return [*tables, *([] if tables else _floats(plan)), *_stores(plan), *_measured(recipe, plan)]
+    return [*tables, *([] if tables else _floats(plan)), *_groups(plan), *_stores(plan), *_measured(recipe, plan)]
 
 
 def _last(plan: Plan) -> PlannedPass:
@@ -82,6 +82,29 @@ def _floats(plan: Plan) -> Iterator[str]:
             f"{format_bytes(wide)} of {format_bytes(last.size.bytes)} is 32-bit floats: "
             "`- cast: {weights: bf16}` halves them"
         )
+
+
+def _groups(plan: Plan) -> Iterator[str]:
+    """Neurons that a pass removes, where the groups of a later cast divided the widths before it and do not after it."""
+    planned = [p for stage in plan.stages for p in stage.passes]
+    specs = [plan.original_spec, *(p.spec for p in planned)]
+    for cast in planned:
+        settings = cast.settings
+        if not isinstance(settings, CastSettings) or settings.weights is None or settings.group_size is not None:
+            continue
+        group = settings.quant_format(settings.weights).group
+        for cut in planned[: cast.index]:
+            if not group or not getattr(cut.settings, "mlp", None):
+                continue
+            before, after = (
+                {one.I for one in model_map(spec).linears.values()} for spec in specs[cut.index : cut.index + 2]
+            )
+            broken = sorted(width for width in after - before if width % group)
+            if broken and not any(width % group for width in before - after):
+                yield (
+                    f"`multiple_of: {group}` in passes.{cut.index}.{cut.name} keeps groups of {group}, which do not divide "
+                    f"the {broken[0]:,} inputs that it leaves"
+                )
 
 
 def _stores(plan: Plan) -> Iterator[str]:

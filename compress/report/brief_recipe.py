@@ -10,7 +10,7 @@ from compress.errors import CompressError
 from compress.recipe.data import Data
 from compress.recipe.messages import models_in
 from compress.recipe.model import Recipe
-from compress.settings import defaults
+from compress.settings import defaults, percentage, shares_of
 
 #: Keys of a recipe that are always shown, or that have a rule of their own.
 _KEPT = ("model", "output", "data", "passes", "evaluate", "gates")
@@ -35,14 +35,16 @@ def _section(name: str, section: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def changed(name: str, settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Settings of a pass that differ from its defaults."""
+    """Settings of a pass that differ from its defaults, shares as percentages."""
     try:
-        usual = defaults(passes.get(name).settings, settings)
+        model = passes.get(name).settings
+        usual, shares = defaults(model, settings), shares_of(model)
     except (CompressError, ImportError):  # a plug-in that is not installed here
-        usual = {}
+        usual, shares = {}, frozenset()
     # a switch without a default was chosen by the recipe's other settings
     unset = {k for k, v in settings.items() if v in (None, [], {}) or (isinstance(v, bool) and usual.get(k) is None)}
-    return {k: _without_none(v) for k, v in settings.items() if k not in unset and v != usual.get(k)}
+    shown = {k: _without_none(v) for k, v in settings.items() if k not in unset and v != usual.get(k)}
+    return {k: percentage(v) if k in shares else v for k, v in shown.items()}
 
 
 def _without_none(value: Any) -> Any:

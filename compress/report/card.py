@@ -86,10 +86,17 @@ def model_card(
     lines += [*_loading(title, loading, sentences), "", "## Results", ""]
     if picture is not None:
         lines += [f"![size against quality, and bytes saved by each pass]({picture})", ""]
-    lines += [*before_after_table(report, timed=False), ""]
+    lines += [*before_after_table(report, timed=False), "", *(f"- {note}" for note in figures.row_notes(report)), ""]
     if note := figures.quality_note(report):
         lines += [markdown(in_one_line(f"Measured on {note}.")), ""]
-    lines += ["## Bytes saved and quality lost by each pass", "", *waterfall_table(report, seconds=False), ""]
+    lines += [
+        "## Bytes saved and quality lost by each pass",
+        "",
+        *waterfall_table(report, seconds=False),
+        "",
+        figures.BARS,
+        "",
+    ]
     around = fence(recipe_yaml)
     lines += ["## Recipe", "", f"{around}yaml", recipe_yaml.rstrip("\n"), around, ""]
     if body.strip():

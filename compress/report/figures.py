@@ -84,6 +84,21 @@ def before_after(report: Mapping[str, Any]) -> list[Row]:
     return rows + _quality(first["evaluation"], last["evaluation"]) + _speed(first["latency"], last["latency"])
 
 
+#: A sentence on the bars of the `waterfall`.
+BARS = "█ bytes that are left, ░ bytes that the pass saved; the whole bar is the original"
+
+
+def row_notes(report: Mapping[str, Any]) -> list[str]:
+    """Sentences on the rows of `before_after` whose names do not say all."""
+    first, last = (report[side]["size"] for side in ("original", "result"))
+    notes = ["bits per weight: stored bits over all parameters"]
+    if any(size["kept_parameters"] != size["parameters"] for size in (first, last)):
+        notes.append("parameters kept: without those that pruning set to 0")
+    decoded = last["load_bytes"] > 1.02 * last["bytes"] and report["recipe"]["resolved"]["store"] == "stock"
+    runtime = "; vLLM keeps codes and computes with them" if decoded else ""
+    return [*notes, f"weights in memory: once transformers has loaded them{runtime}"]
+
+
 _VERDICTS = {
     "passed": "every gate passed",
     "failed": "a gate FAILED",
@@ -236,8 +251,16 @@ def losses_file(report: Mapping[str, Any], row: Mapping[str, Any]) -> str:
 
 def changed_settings(name: str, settings: Mapping[str, Any]) -> str:
     """Settings that differ from the defaults of the pass, as ``layers: 1, …``."""
-    shown = changed(name, settings)
-    return ", ".join(f"{k}: {v if isinstance(v, str) else json.dumps(v)}" for k, v in shown.items())
+    return ", ".join(f"{key}: {_written(value)}" for key, value in changed(name, settings).items())
+
+
+def _written(value: Any) -> str:
+    """A value as a recipe has it in one line."""
+    if isinstance(value, Mapping):
+        return f"{{{', '.join(f'{key}: {_written(each)}' for key, each in value.items())}}}"
+    if isinstance(value, list):
+        return f"[{', '.join(map(_written, value))}]"
+    return value if isinstance(value, str) else json.dumps(value)
 
 
 def bar(step: Step, width: int) -> str:
@@ -271,7 +294,7 @@ _UNITS = {
     "compress.evaluation/1": "{unit}s",
     "compress.classification/1": "labelled {of}",
     "compress.masked/1": "{unit}s",
-    "compress.embeddings/1": "texts or pairs",
+    "compress.embeddings/1": "texts or pairs of texts",
 }
 _NOTES: Mapping[str, Callable[[Mapping[str, Any]], str]] = {
     "compress.evaluation/1": lambda e: f"{_windows(e)}{_few(e)}",
@@ -317,7 +340,7 @@ def _rounded(emulated: Mapping[str, Any] | None) -> str:
 
 
 def _cut(evaluation: Mapping[str, Any]) -> str:
-    return f"; {evaluation['cut']} were truncated to the model's length" if evaluation["cut"] else ""
+    return f"; {evaluation['cut']} truncated to the model's length" if evaluation["cut"] else ""
 
 
 def _count(number: float) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
-from compress.escape import in_one_line, markdown
+from compress.tabular import Column, TextTable
 
 
 def filled(
@@ -23,6 +23,5 @@ def filled(
 def table(head: Sequence[str], rows: Iterable[Sequence[str]], right: Sequence[int] = ()) -> list[str]:
     """Lines of a Markdown table without empty columns; columns in ``right`` are aligned right."""
     head, rows, right = filled(head, rows, right)
-    marks = ["--:" if i in right else "---" for i in range(len(head))]
-    body = [[in_one_line(cell).replace("|", "\\|") for cell in row] for row in rows]
-    return [markdown(f"| {' | '.join(row)} |") for row in (head, marks, *body)]
+    columns: list[Column] = [(name, "right") if i in right else name for i, name in enumerate(head)]
+    return TextTable("", columns, rows).to_markdown().split("\n")

@@ -26,6 +26,8 @@ def render_markdown(report: Mapping[str, Any]) -> str:
         "",
         *before_after_table(report, timed=True),
         "",
+        *(f"- {note}" for note in figures.row_notes(report)),
+        "",
     ]
     lines += _lengths(report)
     if report["gates"]:
@@ -33,7 +35,14 @@ def render_markdown(report: Mapping[str, Any]) -> str:
     if rows := figures.position_rows(report["result"]):
         head = figures.position_head(report["result"])
         lines += ["## Loss by position", "", *table(head, rows, right=(1, 2, 3)), ""]
-    lines += ["## Bytes saved and quality lost by each pass", "", *waterfall_table(report, seconds=True), ""]
+    lines += [
+        "## Bytes saved and quality lost by each pass",
+        "",
+        *waterfall_table(report, seconds=True),
+        "",
+        figures.BARS,
+        "",
+    ]
     detailed = [row for stage in report["stages"] for row in stage["passes"] if row["details"]]
     if detailed:
         lines += ["## Details of the passes", ""]

@@ -99,6 +99,8 @@ def test_result_is_one_short_line_and_sound_tables(results, name):
     assert not parser.open
     assert all(parser.rows)
     assert (name == "check") == (not parser.rows)
+    lines = results[name]._repr_markdown_().splitlines()
+    assert sum(line.startswith("|") for line in lines) == len(parser.rows) + html.count("<table>")
     if isinstance(results[name], dict):
         assert json.loads(json.dumps(results[name])).keys() == results[name].keys()
 

@@ -78,3 +78,17 @@ def test_hint_on_gates_and_evaluation(tmp_path, monkeypatch):
     _, found = planned(model, {"cast": {"weights": "bf16"}}, **data)
     assert found == ["no gates: the result is published whatever it loses"]
     assert planned(model, {"cast": {"weights": "bf16"}}, **data, gates={"kl": {"max": 1}})[1] == []
+
+
+def test_hint_on_groups_names_the_multiple_that_keeps_them():
+    model = pico.folder("llama", hidden_size=64, intermediate_size=320)
+    prune, cast = (
+        {"mlp": "25%", "compensation": "none", "importance": "magnitude"},
+        {"weights": "int4", "method": "rtn"},
+    )
+    _, found = planned(model, {"prune_structured": prune}, {"cast": cast})
+    assert [hint for hint in found if "multiple_of" in hint] == [
+        "`multiple_of: 64` in passes.0.prune_structured keeps groups of 64, which do not divide the 240 inputs that it leaves"
+    ]
+    _, found = planned(model, {"prune_structured": {**prune, "multiple_of": 64}}, {"cast": cast})
+    assert not [hint for hint in found if "multiple_of" in hint]

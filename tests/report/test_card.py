@@ -6,7 +6,7 @@ import pytest
 
 from compress import report as reports
 from compress.recipe import load_recipe, recipe_from_mapping, resolved, to_yaml
-from compress.report import Base, Loading
+from compress.report import Base, Loading, figures
 from compress.report.card import _demoted, _split
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -117,6 +117,14 @@ def test_brief_recipe_is_the_same_recipe(path):
     short = reports.brief(full)
     assert resolved(recipe_from_mapping(short, check_files=False)) == full
     assert len(to_yaml(short).splitlines()) < 50
+
+
+def test_settings_are_written_as_in_a_recipe():
+    settings = {"sparsity": 0.5, "method": "magnitude"}
+    assert figures.changed_settings("prune_unstructured", settings) == "sparsity: 50%, method: magnitude"
+    third = figures.changed_settings("prune_structured", {"layers": [1, 2], "mlp": 1 / 3, "heads": 2})
+    assert third == "layers: [1, 2], mlp: 0.3333333333333333, heads: 2"
+    assert figures.changed_settings("cast", {"overrides": {"lm_head": "int8"}}) == "overrides: {lm_head: int8}"
 
 
 @pytest.mark.parametrize("text", ["---\n: [\n---\nbody", "---\n- a\n---\nbody", "no front\n---\n", "---\nnever closed"])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import itertools
 import math
 import re
 import xml.etree.ElementTree as ElementTree
@@ -14,7 +16,7 @@ from compress.report.details import sections
 from compress.report.pictures.blocks import block_bars
 from compress.report.pictures.gates import gate_strip
 from compress.report.pictures.lines import draw, losses_chart
-from compress.report.pictures.svg import inline, log_marks, mark_text, standalone, ticks
+from compress.report.pictures.svg import inline, log_marks, mark_text, standalone, ticks, width_of
 
 SPACE = "{http://www.w3.org/2000/svg}"
 TRAINING = {
@@ -83,6 +85,17 @@ def test_main_picture_has_a_point_per_measured_step_and_a_bar_per_step(finished)
     assert bars == pytest.approx([456 * step.share for step in steps], abs=0.1)
     texts = [e.text for e in root.iter(f"{SPACE}text")]
     assert {step.name for step in steps} <= set(texts)
+
+
+@pytest.mark.parametrize("size", [8_140_000, 9.9e6, 1.15e9, 101, 5.2e12])
+def test_texts_below_the_axis_of_sizes_are_apart(finished, size):
+    report = copy.deepcopy(finished.report)
+    report["original"]["size"]["bytes"] = size
+    root = ElementTree.fromstring(reports.render_main_picture(report))
+    below = [(float(e.get("x")), e.text) for e in root.iter(f"{SPACE}text") if e.get("y") == "258.0"]
+    assert len(below) >= 3
+    for (x, text), (after, other) in itertools.pairwise(below):
+        assert after - x >= (width_of(text) + width_of(other)) / 2 + 5
 
 
 def test_run_without_evaluation_has_the_waterfall_alone(finished):

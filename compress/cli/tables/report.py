@@ -24,6 +24,8 @@ def print_report(report: Mapping[str, Any]) -> None:
         [("", "whole"), ("before", "right"), ("after", "right"), "change"],
         [(r.name, r.before, r.after, r.change) for r in figures.before_after(report)],
     )
+    for sentence in figures.row_notes(report):
+        print_line(console, sentence, "dim")
     _print_positions(console, report["result"])
     _print_lengths(console, report["original"], report["result"])
     rows: list[tuple[str, ...]] = []
@@ -47,6 +49,7 @@ def print_report(report: Mapping[str, Any]) -> None:
         rows = [(f"{r[0]}\n  {r[1]}" if r[1] else r[0], *r[2:]) for r in rows]
         head.remove("settings")
     print_table(console, None, head, [row if measured else row[:-2] for row in rows])
+    print_line(console, figures.BARS, "dim")
     if report["gates"]:
         _print_gates(report["gates"], console)
     if (note := figures.quality_note(report)) is not None:

@@ -67,6 +67,8 @@ def render_html(report: Mapping[str, Any]) -> str:
         pictures=[_figure(p) for p in (size_and_quality(report), waterfall(report)) if p is not None],
         gates=[(gate, _svg(gate_strip(gate))) for gate in report["gates"]],
         before_after=Cells(("", "before", "after", "change"), _before_after(report), right=(1, 2)),
+        row_notes=figures.row_notes(report),
+        bar_note=figures.BARS,
         passes=Cells(waterfall_head(report), list(waterfall_cells(report)), right=(1, 2, 4, 5, 6, 7)),
         lines=lines,
         lengths=Cells(HEAD, length_cells(*sides), right=(2, 3)),

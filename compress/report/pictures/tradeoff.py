@@ -25,6 +25,8 @@ from compress.report.pictures.svg import (
 
 _HEIGHT, _LEFT, _RIGHT, _TOP, _BOTTOM = 290, 72, 40, 56, 52
 _ROW, _MARGIN = 62, 12
+#: Between two texts of an axis.
+_BETWEEN = 10
 
 
 def main_picture(report: Mapping[str, Any]) -> Picture:
@@ -51,7 +53,9 @@ def size_and_quality(report: Mapping[str, Any]) -> Picture | None:
     better = "lower" if metric.lower else "higher"
     parts = [heading("size against quality"), text(_MARGIN, 42, f"{metric.title} ({better} is better)")]
     parts += y_axis(y, marks, mark_text(marks), WIDTH - _RIGHT, _LEFT)
-    for mark in sizes:
+    widest = max(width_of(format_bytes(mark)) for mark in sizes)
+    every = math.ceil((widest + _BETWEEN) / (x(sizes[1]) - x(sizes[0])))
+    for mark in sizes[::every]:
         parts.append(text(x(mark), _HEIGHT - _BOTTOM + 20, format_bytes(mark), anchor="middle"))
     parts.append(text(WIDTH - _RIGHT, _HEIGHT - 12, "bytes of all weight files", anchor="end"))
     places = [(number, x(size), y(value)) for number, size, value in points]
