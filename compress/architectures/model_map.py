@@ -234,6 +234,18 @@ class ModelMap:
         """The matrices that a pass takes by default: `layers`, but not residuals of low rank, and not those of towers."""
         return tuple(x for x in self.layers if x.role != "residual" and not self.record.in_tower(x.name))
 
+    @cached_property
+    def _joined(self) -> Mapping[tuple[str, int], list[Linear]]:
+        joined: dict[tuple[str, int], list[Linear]] = {}
+        for linear in self.linears.values():
+            joined.setdefault((linear.module.rpartition(".")[0], linear.I), []).append(linear)
+        return joined
+
+    def joined(self, name: str) -> list[Linear]:
+        """The matrices that servers may join with one, itself too: those of the same module with as many inputs."""
+        linear = self.linears[name]
+        return self._joined[linear.module.rpartition(".")[0], linear.I] if linear.block is not None else [linear]
+
     def added(self, name: str) -> Role | None:
         """The role of a tensor that an edit adds: factor, residual or projection; None for the model's own tensors."""
         return self._added.get(name.rpartition(".")[0])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING
@@ -52,6 +52,11 @@ class Value:
         codes: Codes | None = None,
     ) -> None:
         self._data, self.mask, self.codes = data, mask, codes
+
+    def with_inputs(self, static_inputs: Mapping[str, torch.Tensor]) -> Value:
+        """The same codes with static input scales beside them."""
+        assert self.codes is not None
+        return Value(self._data, self.mask, replace(self.codes, static_inputs=static_inputs))
 
     @property
     def data(self) -> torch.Tensor:

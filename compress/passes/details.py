@@ -102,7 +102,7 @@ class TrainingDetails(TypedDict):
 
 
 #: A key that is not an identifier.
-_CachedDetails = TypedDict("_CachedDetails", {"cached keys and values": Any}, total=False)
+_CachedDetails = TypedDict("_CachedDetails", {"cached keys and values": Any, "quantised inputs": Any}, total=False)
 
 
 class PassDetails(_CachedDetails, total=False):

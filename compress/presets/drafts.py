@@ -110,7 +110,7 @@ def _fast(facts: Facts) -> Iterator[Draft]:
 
 def _of_scheme(name: schemes.SchemeName) -> Draft:
     scheme = schemes.SCHEMES[name]
-    few = scheme.weights in ("int3", "int2") or scheme.activations in ("int4", "mxfp4")
+    few = scheme.weights in ("int3", "int2") or scheme.activations in ("int4", "mxfp4", "nvfp4")
     coarse = scheme.weights in ("int4", "nvfp4", "mxfp4") or scheme.activations is not None
     rounded = scheme.weights in ("int8", "fp8", "mxfp8")
     loss: Loss = "much" if few or scheme.weights == "int5" else "some" if coarse else "little"
@@ -126,7 +126,6 @@ def _of_scheme(name: schemes.SchemeName) -> Draft:
 PRESETS: Mapping[str, Draft] = MappingProxyType(
     {
         **{name: _of_scheme(name) for name in schemes.SCHEMES},
-        "FP8": _of_scheme("FP8_DYNAMIC"),
         "2:4": Draft(
             ({"prune_unstructured": {"pattern": "2:4"}},),
             ("two of every four weights removed, as sparse tensor cores read them",),

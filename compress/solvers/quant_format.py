@@ -70,6 +70,7 @@ def fit(
     quant_format: QuantFormat,
     importance_I: torch.Tensor | None = None,
     keep_OI: torch.Tensor | None = None,
+    overall: torch.Tensor | None = None,
     *,
     search: bool = True,
 ) -> Scales:
@@ -84,6 +85,7 @@ def fit(
         quant_format: the format; its group size divides the inputs.
         importance_I: h [in], such as the diagonal of Σ x xᵀ; None for equal weights.
         keep_OI: keep-mask; removed weights do not count, since every format has the code zero.
+        overall: the scale of nvfp4's scales, float32 [1]; None for that of these weights (`global_scale`).
         search: if false, the range ends at the extremes of each group, and nothing is fitted.
 
     Source: the search of the code of GPTQ and AWQ, weighted by the Hessian's diagonal as in SqueezeLLM (arXiv 2306.07629).
@@ -99,7 +101,7 @@ def fit(
         keep = keep_OI.reshape(W.shape)
         h = h * keep
         W = W * keep
-    starts, overall = _from_extremes(W, quant_format, _SHRINK if search else [1.0])
+    starts, overall = _from_extremes(W, quant_format, _SHRINK if search else [1.0], overall)
     if not search:
         return Scales(*starts[0], overall)
     rows = outputs if W.is_cuda else max(1, _IN_CACHE // inputs)
@@ -169,18 +171,18 @@ def _searched(
 
 
 def _from_extremes(
-    W: torch.Tensor, quant_format: QuantFormat, shares: Sequence[float]
+    W: torch.Tensor, quant_format: QuantFormat, shares: Sequence[float], overall: torch.Tensor | None
 ) -> tuple[list[tuple[torch.Tensor, torch.Tensor | None]], torch.Tensor | None]:
     """Return scales and zero points [O, G] for each end of the range, and the scale of nvfp4's scales.
 
     Args:
-        W: weights, [O, G, S]. shares: ends of the range, as shares of each group's extremes.
+        W: weights, [O, G, S]. shares: ends of the range, as shares of each group's extremes. overall: as in `fit`.
     """
     low, high = code_range(quant_format)
     least, most = W.amin(2), W.amax(2)
     top = torch.maximum(-least, most).clamp(min=1e-12)
-    # nvfp4: the largest scale becomes the largest value of E4M3
-    overall = (448.0 * 6.0 / top.max()).reshape(1) if quant_format.format == "nvfp4" else None
+    if quant_format.format == "nvfp4":
+        overall = global_scale(float(top.max())).to(W.device) if overall is None else overall.to(W.device)
     if quant_format.symmetric:
         ends = torch.where(most > -least, -top, top) if quant_format.is_integer else top
         return [(_stored(share * ends / -low, quant_format, overall), None) for share in shares], overall
@@ -190,6 +192,11 @@ def _from_extremes(
         scale = ((most - least) * share / (high - low)).clamp(min=1e-12)
         starts.append((scale, (low - least * share / scale).round().clamp(low, high)))
     return starts, overall
+
+
+def global_scale(largest: float) -> torch.Tensor:
+    """Return the scale of nvfp4's scales, float32 [1], with which that of the largest weight is the largest value of E4M3."""
+    return torch.tensor([448.0 * 6.0 / max(largest, 1e-12)])
 
 
 def _stored(scale: torch.Tensor, quant_format: QuantFormat, overall: torch.Tensor | None) -> torch.Tensor:
@@ -280,6 +287,7 @@ def rounded(
     quant_format: QuantFormat,
     dtype: torch.dtype,
     keep_OI: torch.Tensor | None = None,
+    overall: torch.Tensor | None = None,
     *,
     search: bool,
 ) -> Codes:
@@ -295,7 +303,7 @@ def rounded(
     for start in range(0, len(W_OI), rows):
         W = W_OI[start : start + rows].float().contiguous()
         keep = None if keep_OI is None else keep_OI[start : start + rows]
-        parts.append(to_codes(W, quant_format, fit(W, quant_format, None, keep, search=search), dtype, keep))
+        parts.append(to_codes(W, quant_format, fit(W, quant_format, None, keep, overall, search=search), dtype, keep))
     zeros = [part.zero for part in parts if part.zero is not None]
     return Codes(
         torch.cat([part.codes for part in parts]),

@@ -29,6 +29,7 @@ from compress.blockwise.spilled import SpilledByName
 from compress.checkpoint.values import Checkpoint, Codes, torch_dtype
 from compress.passes.base import Context
 from compress.passes.blockwise import open_runner
+from compress.passes.cast.global_scales import GlobalScales
 from compress.passes.cast.plan import FINE
 from compress.passes.cast.settings import CastSettings
 from compress.passes.cast.trellis import TrellisRounded, solve_trellis
@@ -57,6 +58,7 @@ class CastOptions:
         asymmetric: match the original's outputs on the original's inputs, if the runner has targets (GPTAQ).
         alternating: after GPTQ, improve codes and scales in turns (QuantEase; YAQA's descent where there are gradients).
         gradients: measured gradients weigh output errors by their effect on the prediction (YAQA).
+        overall: scales of nvfp4's scales; None for those of each matrix alone.
     """
 
     reconstruction: Reconstruction | None
@@ -65,6 +67,7 @@ class CastOptions:
     asymmetric: bool = True
     alternating: bool = True
     gradients: Gradients | None = None
+    overall: GlobalScales | None = None
 
 
 class Rounded:
@@ -127,7 +130,8 @@ class CastSolver:
         if quant_format.is_trellis:
             solution, row = solve_trellis(linear, statistics, mismatch, quant_format, shared)
             return solution, {"format": quant_format.format, **row}
-        codes, scales, row = _solve(linear, statistics, mismatch, quant_format, keep, alternating, shared, F)
+        overall = None if self._options.overall is None else self._options.overall.of(linear.tensor)
+        codes, scales, row = _solve(linear, statistics, mismatch, quant_format, keep, alternating, shared, F, overall)
         return Rounded(linear, quant_format, codes, scales, keep), {"format": quant_format.format, **row}
 
     def blank(self, linear: TargetLinear) -> Rounded | TrellisRounded:
@@ -153,7 +157,9 @@ class CastSolver:
             solution.finish(self._options.dtypes[linear.tensor])
 
 
-def cast_blocks(checkpoint: Checkpoint, spec: Spec, settings: CastSettings, context: Context) -> Any:
+def cast_blocks(
+    checkpoint: Checkpoint, spec: Spec, settings: CastSettings, context: Context, overall: GlobalScales
+) -> Any:
     """Cast all blocks; return a function that reads a tensor of the result."""
     record = model_map(spec).record
     quant_formats = {
@@ -188,7 +194,13 @@ def cast_blocks(checkpoint: Checkpoint, spec: Spec, settings: CastSettings, cont
             runner.executor, context.workspace.folder("gradients"), context.progress, tokens=settings.curvature_tokens
         )
     options = CastOptions(
-        reconstruction, quant_formats, dtypes, "asymmetric" in correction, "alternating" in correction, gradients
+        reconstruction,
+        quant_formats,
+        dtypes,
+        "asymmetric" in correction,
+        "alternating" in correction,
+        gradients,
+        overall,
     )
     result = runner.run(
         lambda block: cast_block(block, options),
@@ -249,16 +261,17 @@ def _solve(
     alternating: bool,
     shared: dict[str, Any],
     F: torch.Tensor | None,
+    overall: torch.Tensor | None,
 ) -> tuple[torch.Tensor, Scales, dict[str, Any]]:
     """Codes less zero points [O, I], scales, and the row for the report.
 
     Args:
         shared: results for linears with the same inputs, which are computed once.
-        F: output curvature [O, O]; None without one.
+        F: output curvature [O, O]; None without one. overall: the scale of nvfp4's scales; None for other formats.
     """
     weight = linear.weight.float().contiguous()
     if statistics.tokens == 0:
-        scales = fit(weight, quant_format, None, keep)
+        scales = fit(weight, quant_format, None, keep, overall)
         note = "no token reached it: rounded to nearest"
         codes = compact(integer_codes(weight, quant_format, scales, keep), quant_format)
         return codes, scales, {"error": None, "note": note}
@@ -270,7 +283,7 @@ def _solve(
     if mismatch is not None:
         weight = asymmetric_target(weight, mismatch.inputs, mismatch.residual.get(linear.name), shared["whole"], order)
         mismatch.release()
-    scales = fit(weight, quant_format, H.diagonal(), keep)
+    scales = fit(weight, quant_format, H.diagonal(), keep, overall)
     updated_weights = gptq(weight, shared["factor"], order, quant_format, scales, keep)
     with _damping(H, shared) as damped_H:
         rounds = _ROUNDS if alternating else 0

@@ -82,8 +82,9 @@ class Cast(Pass[CastSettings]):
         return InputMultiple(lcm(*asked), lcm(*(f.group for f in coded if f.group)))
 
     def mode_for(self, settings: CastSettings) -> Mode:
-        """``blockwise`` for `gptq`, a budget and static cache scales; ``stream`` for floats, `rtn` and `mse`."""
-        return "blockwise" if settings.solved or settings.budgeted or settings.static_cache else "stream"
+        """``blockwise`` for `gptq`, a budget and static scales of inputs or cache; ``stream`` for floats, `rtn` and `mse`."""
+        measured = settings.static_cache or settings.static_inputs
+        return "blockwise" if settings.solved or settings.budgeted or measured else "stream"
 
     def required_data(self, settings: CastSettings) -> frozenset[str]:
         """Calibration data in mode ``blockwise``."""
@@ -135,8 +136,8 @@ class Cast(Pass[CastSettings]):
             probes = len(set(settings.options.values()))
             measuring = divergence_memory(spec, undecided(spec, settings), width, ROUNDED, probes)
         if not settings.solved:
-            cached = runner_memory(spec, [], width, NO_SOLVER) if settings.static_cache else 0
-            return max(measuring, cached) or None
+            observed = settings.static_cache or settings.static_inputs
+            return max(measuring, runner_memory(spec, [], width, NO_SOLVER) if observed else 0) or None
         coarse = any(t.quant_format is not None and t.quant_format.bits < FINE for t in quant_formats)
         names = [t.name for t in quant_formats]
         bytewise = all(t.quant_format is not None and INTEGERS.get(t.quant_format.format, 8) < 8 for t in quant_formats)
@@ -156,8 +157,8 @@ class Cast(Pass[CastSettings]):
         return max(measuring, runner)
 
     def work(self, spec: Spec, settings: CastSettings, sizes: DataSizes) -> Work | None:
-        """Work of the block runner, or of rounding; None for a budget, measured scales of a cache, and trellis codes."""
-        if settings.budgeted or settings.static_cache or not model_map(spec).known:
+        """Work of the block runner, or of rounding; None for a budget, static scales, and trellis codes."""
+        if settings.budgeted or settings.static_cache or settings.static_inputs or not model_map(spec).known:
             return None
         after = self.plan(spec, settings)
         coded = {t.name: t.quant_format for t in after.stored() if t.quant_format is not None}
@@ -178,7 +179,9 @@ class Cast(Pass[CastSettings]):
         from compress.checkpoint.values import Derived, Value
         from compress.passes.cast.block import cast_blocks
         from compress.passes.cast.convert import convert
+        from compress.passes.cast.global_scales import GlobalScales
         from compress.passes.cast.kv_cache import cache_scales
+        from compress.passes.cast.static_inputs import input_scales
 
         if _lacks_scales(checkpoint.spec, settings):
             context.details["kv_cache"] = NO_SCALES
@@ -188,12 +191,17 @@ class Cast(Pass[CastSettings]):
             context.details["groups"] = note
         if (note := left_note(checkpoint.spec, settings)) is not None:
             context.details["left"] = note
-        read = checkpoint.tensor
+        read, overall = checkpoint.tensor, GlobalScales(checkpoint, spec)
         if settings.solved:
-            read = cast_blocks(checkpoint, spec, settings, context)
+            read = cast_blocks(checkpoint, spec, settings, context, overall)
+        inputs: dict[str, dict[str, Any]] = {}
 
         def cast(name: str) -> Value:
-            return convert(name, read(name), checkpoint.spec, spec, search=settings.method != "rtn")
+            value = convert(name, read(name), checkpoint.spec, spec, overall, search=settings.method != "rtn")
+            return value if name not in inputs else value.with_inputs(inputs[name])
+
+        if settings.static_inputs:
+            inputs |= input_scales(Derived(checkpoint, without_scales(spec), cast), spec, context)
 
         if spec.structure.kv_cache is None or not any(t.is_cache_scale for t in spec.stored()):
             return Derived(checkpoint, spec, cast)

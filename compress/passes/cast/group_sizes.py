@@ -29,7 +29,7 @@ class GroupSizes:
 
     def __init__(self, spec: Spec, settings: CastSettings) -> None:
         self._settings = settings
-        self._linears = model_map(spec).linears
+        self._linears, self._joined = model_map(spec).linears, model_map(spec).joined
         routers = {x.module for x in self._linears.values() if x.role == "router"}  # they stay as they are
         others = (t for t in spec.stored() if t.module not in routers)
         self._wide = next((t for t in others if t.dtype in ("F16", "F32", "F64")), None)
@@ -120,9 +120,8 @@ class GroupSizes:
             return False
         if linear.expert is not None:
             return self._expert_inputs % BLOCK == 0
-        stem = linear.module.rpartition(".")[0]
-        beside = [x for x in self._linears.values() if x.module.rpartition(".")[0] == stem and x.I == linear.I]
-        return linear.I % BLOCK == 0 and (len(beside) == 1 or all(x.O % BLOCK == 0 for x in beside))
+        joined = self._joined(linear.name)
+        return linear.I % BLOCK == 0 and (len(joined) == 1 or all(x.O % BLOCK == 0 for x in joined))
 
     @staticmethod
     def _odd_factor(linear: Linear, quant_format: QuantFormat) -> bool:

@@ -74,7 +74,12 @@ def largest_cached(
     executor = BlockExecutor(checkpoint, inputs, dtype=dtype, device=device, seed=seed, processes=workspace.processes)
     mapped = model_map(checkpoint.spec)
     formats = {mapped.in_memory(module): f for module, f in input_formats(checkpoint.spec).items()}
-    round_inputs(executor.streamed.model, formats)
+    static = {
+        mapped.in_memory(module): codes.static_inputs
+        for module in input_formats(checkpoint.spec)
+        if (codes := checkpoint.tensor(f"{module}.weight").codes) is not None and codes.static_inputs
+    }
+    round_inputs(executor.streamed.model, formats, static)
     check_blockwise(executor, progress)
     largest: list[tuple[list[float], list[float]]] = []
     with progress.task("measuring keys and values", executor.depth, "blocks") as task:

@@ -12,9 +12,11 @@ SchemeName: TypeAlias = Literal[
     "W4A16_ASYM",
     "W8A16",
     "W8A8",
+    "FP8",
     "FP8_DYNAMIC",
     "FP8_BLOCK",
     "NVFP4A16",
+    "NVFP4",
     "MXFP4A16",
     "MXFP4",
     "MXFP4XFP8",
@@ -46,7 +48,7 @@ class CastScheme:
     """
 
     weights: str
-    group: int | Literal["block"] | None = None
+    group: int | Literal["block", "tensor"] | None = None
     symmetric: bool = True
     activations: str | None = None
 
@@ -62,9 +64,11 @@ SCHEMES: Mapping[SchemeName, CastScheme] = MappingProxyType(
         "W4A16_ASYM": CastScheme("int4", 128, symmetric=False),
         "W8A16": CastScheme("int8", 128),
         "W8A8": CastScheme("int8", activations="int8"),
+        "FP8": CastScheme("fp8", "tensor", activations="fp8-tensor"),
         "FP8_DYNAMIC": CastScheme("fp8", activations="fp8"),
         "FP8_BLOCK": CastScheme("fp8", "block", activations="fp8-group"),
         "NVFP4A16": CastScheme("nvfp4"),
+        "NVFP4": CastScheme("nvfp4", activations="nvfp4"),
         "MXFP4A16": CastScheme("mxfp4"),
         "MXFP4": CastScheme("mxfp4", activations="mxfp4"),
         "MXFP4XFP8": CastScheme("mxfp4", activations="fp8-group"),
@@ -90,8 +94,6 @@ _SAME = {"W8A8_INT": "W8A8", "W8A8_INT8": "W8A8", "W8A8_FP": "FP8_DYNAMIC", "W8A
 _SAME |= {"W8AFP8": "FP8_DYNAMIC", "FP8_DYN": "FP8_DYNAMIC"}
 #: Schemes that `cast` cannot write ▶ why, and the nearest that it can.
 _REFUSED = {
-    "FP8": ("scales of inputs that are measured beforehand", "FP8_DYNAMIC"),
-    "NVFP4": ("inputs in nvfp4", "NVFP4A16"),
     "MXFP6A16": ("weights in mxfp6", "W6A16"),
     "MXFP6A8": ("weights in mxfp6", "W6A8"),
     "W7A16": ("7-bit weights", "W8A16"),

@@ -34,7 +34,9 @@ Format = Literal[
 ]
 CodeFormat = Literal["int8", "int6", "int5", "int4", "int3", "int2", "fp8", "mxfp8", "mxfp4", "nvfp4"]
 #: Formats of `ACTIVATIONS` that `cast` writes.
-Activation = Literal["int8", "int4", "fp8", "fp8-group", "mxfp8", "mxfp4"]
+Activation = Literal["int8", "int4", "fp8", "fp8-group", "fp8-tensor", "mxfp8", "mxfp4", "nvfp4"]
+#: Those with a static scale, which is measured on calibration data.
+STATIC: tuple[Activation, ...] = ("fp8-tensor", "nvfp4")
 #: Format of the weights ▶ the formats of inputs that go with it.
 _INPUTS: dict[str, tuple[Activation, ...]] = {
     "int8": ("int8",),
@@ -43,10 +45,11 @@ _INPUTS: dict[str, tuple[Activation, ...]] = {
     "int4": ("int8", "int4", "fp8"),
     "int3": ("int8", "int4"),
     "int2": ("int8", "int4"),
-    "fp8": ("fp8",),
+    "fp8": ("fp8", "fp8-tensor"),
     "fp8 in blocks": ("fp8-group",),
     "mxfp8": ("mxfp8",),
     "mxfp4": ("mxfp4", "fp8-group"),
+    "nvfp4": ("nvfp4",),
 }
 #: Corrections after and before `gptq`, in the order in which they work.
 Correction = Literal["asymmetric", "alternating", "curvature"]
@@ -121,10 +124,11 @@ class CastSettings(PassSettings):
         description="Format by module pattern (glob, or `re:` expression). The first pattern that matches wins over "
         "`weights`.",
     )
-    group_size: int | Literal["channel", "block"] | None = Field(
+    group_size: int | Literal["channel", "block", "tensor"] | None = Field(
         default=None,
         description="Number of inputs that share a scale, or `channel` for one scale per output. `block`, for fp8: one scale "
-        "for 128 outputs and 128 inputs; matrices that such blocks do not fit get one scale per output. By default 64 for "
+        "for 128 outputs and 128 inputs; matrices that such blocks do not fit get one scale per output. `tensor`, for fp8: one "
+        "scale for the whole matrix. By default 64 for "
         "integers below 8 bits, `channel` for int8 and fp8. Matrices whose inputs 64 does not divide then get groups of 32, or "
         "one scale per output. A number given here must divide all inputs. The groups of mxfp8 and mxfp4 have 32 inputs, those "
         "of nvfp4 16.",
@@ -178,7 +182,9 @@ class CastSettings(PassSettings):
         description="Record in the config that the inputs of cast layers are quantised while the model runs. int8, int4 and "
         "fp8 have a scale per token; fp8-group one for each 128 inputs of a token; mxfp8 and mxfp4 a power of two for each "
         "32. Integers take int8, up to 4 bits also int4, and int4 weights fp8; fp8 weights take fp8, with `group_size: block` "
-        "fp8-group; mxfp8 takes mxfp8; mxfp4 takes mxfp4 or fp8-group. Stock transformers applies it, and servers that have "
+        "fp8-group; mxfp8 takes mxfp8; mxfp4 takes mxfp4 or fp8-group. fp8-tensor, for fp8, has one static scale for all "
+        "tokens; nvfp4, for nvfp4, a scale for each 16 inputs and a static one for these. Static scales are measured on "
+        "calibration data, and `method: rtn` needs it too then. Stock transformers applies it, and servers that have "
         "a kernel for it; reported metrics include it. Not for the compact store.",
     )
     kv_cache: Literal["fp8"] | None = Field(
@@ -202,13 +208,13 @@ class CastSettings(PassSettings):
             raise ValueError("give one of `scheme`, `weights`, `bits` and `max_bytes`")
         formats = self.formats_used
         if isinstance(self.group_size, int) and self.group_size < 1:
-            raise ValueError("`group_size` is a number from 1 up, or `channel`")
+            raise ValueError("`group_size` is a number from 1 up, `channel`, `block` or `tensor`")
         if self.group_size is not None and formats & set(TRELLISES):
             raise ValueError("trellis codes have one scale for each output: leave `group_size` out")
         if fixed := next((f for f in formats if f in FIXED_GROUPS and self.group_size is not None), None):
             raise ValueError(f"{fixed} has groups of {FIXED_GROUPS[fixed]}: leave `group_size` out")
-        if self.group_size == "block" and not formats <= {"fp8", *DTYPES}:
-            raise ValueError("`group_size: block` goes with `weights: fp8`")
+        if self.group_size in ("block", "tensor") and not formats <= {"fp8", *DTYPES}:
+            raise ValueError(f"`group_size: {self.group_size}` goes with `weights: fp8`")
         self._check_activations(formats - set(DTYPES))
         if self.kv_cache is not None and not self.coded:
             raise ValueError("`kv_cache` needs codes, such as `weights: int8`: it is recorded in their config")
@@ -236,7 +242,7 @@ class CastSettings(PassSettings):
                 raise ValueError(f"`activations: {self.activations}` does not go with `weights: {format_}`: {goes}")
 
     @property
-    def _scheme_group(self) -> int | Literal["block"] | None:
+    def _scheme_group(self) -> int | Literal["block", "tensor"] | None:
         """The group size of the scheme."""
         return None if self.scheme is None else SCHEMES[self.scheme].group
 
@@ -244,6 +250,11 @@ class CastSettings(PassSettings):
     def static_cache(self) -> Literal["tensor", "head"] | None:
         """The kind of calibrated cache scales, per layer or per head; None without calibration."""
         return None if self.kv_cache_scales == "none" else self.kv_cache_scales
+
+    @property
+    def static_inputs(self) -> bool:
+        """Whether inputs have static scales."""
+        return self.activations in STATIC
 
     @property
     def budgeted(self) -> bool:
@@ -282,7 +293,7 @@ class CastSettings(PassSettings):
             result |= {f"{format_}/{size}": format_ for format_ in finer for size in _LARGER}
         return result
 
-    def _usual_group(self, format_: str) -> int | Literal["channel", "block"]:
+    def _usual_group(self, format_: str) -> int | Literal["channel", "block", "tensor"]:
         """The group size of an integer format or fp8 without ``group_size``."""
         own = self._scheme_group if self.scheme is not None and SCHEMES[self.scheme].weights == format_ else None
         return own or (64 if INTEGERS.get(format_, 8) < 8 else "channel")
@@ -293,7 +304,7 @@ class CastSettings(PassSettings):
         group: int | str | None = FIXED_GROUPS.get(format_)
         if group is None:
             group = own or self.group_size or self._usual_group(format_)
-        block = group == "block"
-        size = BLOCK if block else 0 if group == "channel" else int(group)
+        block, whole = group == "block", group == "tensor"
+        size = BLOCK if block else 0 if whole or group == "channel" else int(group)
         symmetric = self.symmetric or format_ not in INTEGERS
-        return QuantFormat(format_, size, symmetric, activations=self.activations, block=block)
+        return QuantFormat(format_, size, symmetric, activations=self.activations, whole=whole, block=block)

@@ -7,11 +7,15 @@ from typing import get_args
 import pytest
 import torch
 from compressed_tensors.quantization.quant_scheme import PRESET_SCHEMES, QuantizationScheme
+from safetensors.torch import load_file
 
 import compress
+from compress import passes
 from compress.checkpoint.open import open_checkpoint
 from compress.checkpoint.storage.compressed_tensors.write import render
-from compress.errors import RecipeError
+from compress.checkpoint.values import Derived, Value
+from compress.data.batches import Batches
+from compress.errors import CompressError, RecipeError
 from compress.passes.cast.schemes import SCHEMES, SchemeName, find, refusal
 from compress.passes.cast.settings import CastSettings
 from compress.planning import planned_size, size_on_disk
@@ -57,7 +61,8 @@ def test_scheme_is_written_as_planned_and_read_by_stock_transformers(name, tmp_p
     """In a process without the package: its logits are ours, inputs quantised."""
     before = open_checkpoint(pico.folder("llama", dtype=torch.bfloat16, **SIZES))
     settings = {"scheme": name, "method": "rtn"}
-    written = write(apply(before, "cast", work=tmp_path / "work", **settings), tmp_path / "out")
+    data = Batches(SAMPLES) if CastSettings(scheme=name).static_inputs else None
+    written = write(apply(before, "cast", data=data, work=tmp_path / "work", **settings), tmp_path / "out")
     assert size_on_disk(written).bytes == planned_size(plan(before, "cast", **settings), "stock", 1 << 40).bytes
     logits = our_logits(tmp_path / "out")
     assert torch.equal(stock_logits(tmp_path / "out", tmp_path), logits)
@@ -98,3 +103,76 @@ def test_scheme_refuses_what_contradicts_it(settings, message):
     with pytest.raises(RecipeError, match=r"passes\.0: ") as caught:
         recipe_from_mapping({"model": "m", "output": "o", "passes": [{"cast": settings}]}, check_files=False)
     assert message in str(caught.value)
+
+
+@pytest.fixture(scope="module")
+def static(tmp_path_factory):
+    """Scheme ▶ a checkpoint with static scales of inputs, measured on `SAMPLES`."""
+    root, base = tmp_path_factory.mktemp("static"), pico.folder("llama", dtype=torch.bfloat16, **SIZES)
+    return {
+        name: compress.apply("cast", base, root / name, data=SAMPLES, scheme=name, method="rtn", dtype="float32")
+        for name in ("FP8", "NVFP4")
+    }
+
+
+SAMPLES = torch.randint(2, 250, (4, 16), generator=torch.Generator().manual_seed(1))
+
+
+@pytest.mark.parametrize("name", ["FP8", "NVFP4"])
+def test_static_scales_are_those_of_the_largest_inputs(name, static, tmp_path):
+    """As hooks on the whole model see them."""
+    state = load_file(static[name] / "model.safetensors")
+    model, largest = compress.load(compress.unpack(static[name], tmp_path / "dense"), dtype="float32"), {}
+
+    def note(path):
+        def hook(module, args):
+            largest[path] = max(largest.get(path, 0), float(args[0].abs().max()))
+
+        return hook
+
+    for path, module in model.named_modules():
+        if f"{path}.weight_scale" in state:
+            module.register_forward_pre_hook(note(path))
+    with torch.no_grad():
+        model(input_ids=SAMPLES)
+    assert len(largest) == 7
+    for path, value in largest.items():
+        if name == "FP8":
+            assert float(state[f"{path}.input_scale"]) == pytest.approx(value / 448, rel=2**-8)  # in bfloat16
+        else:
+            assert float(state[f"{path}.input_global_scale"]) == pytest.approx(6 * 448 / value, rel=1e-5)
+
+
+def test_matrices_that_servers_join_share_the_scale_of_nvfp4_scales():
+    """The largest weight of any of them is the largest value of E2M1 times E4M3."""
+    base, path = open_checkpoint(pico.folder("llama", dtype=torch.bfloat16, **SIZES)), "model.layers.0"
+    larger = {f"{path}.self_attn.k_proj.weight": 4, f"{path}.mlp.up_proj.weight": 2}
+    changed = Derived(base, base.spec, lambda name: Value(base.tensor(name).data * larger.get(name, 1)))
+    cast = apply(changed, "cast", weights="nvfp4", method="rtn")
+    scales = {t.module: float(cast.tensor(t.name).codes.overall) for t in cast.spec.stored() if t.quant_format}
+    most = {module: float(changed.tensor(f"{module}.weight").data.abs().max()) for module in scales}
+    joined = {"q_proj": "self_attn.k_proj", "v_proj": "self_attn.k_proj", "gate_proj": "mlp.up_proj"}
+    for module, scale in scales.items():
+        source = joined.get(module.rpartition(".")[2])
+        if not module.endswith("o_proj"):  # it has as many inputs as they, by chance
+            assert scale == pytest.approx(6 * 448 / most[f"{path}.{source}" if source else module]), module
+
+
+def test_static_scales_need_calibration_data(tmp_path):
+    base = pico.folder("llama", dtype=torch.bfloat16, **SIZES)
+    with pytest.raises(CompressError, match="cast needs calibration data"):
+        compress.apply("cast", base, tmp_path / "out", scheme="FP8", method="rtn")
+
+
+def test_blocks_that_do_not_fit_fall_back_to_scales_by_output():
+    """Inputs that 128 does not divide, and joined matrices whose outputs it does not divide, which servers refuse."""
+    sizes = {**SIZES, "num_key_value_heads": 2, "intermediate_size": 192}
+    before = open_checkpoint(pico.folder("llama", dtype=torch.bfloat16, **sizes))
+    cast, settings = plan(before, "cast", scheme="FP8_BLOCK"), CastSettings(scheme="FP8_BLOCK")
+    by_token = {t.module.rpartition(".")[2] for t in cast.stored() if t.quant_format and not t.quant_format.block}
+    assert by_token == {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
+    assert {t.quant_format.activations for t in cast.stored() if t.quant_format} == {"fp8"}
+    assert (
+        "blocks of 128 x 128 do not fit some matrices, which get one scale per output"
+        in (passes.get("cast").plan_notes(before.spec, settings)[0])
+    )
