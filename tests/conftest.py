@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import json
 import os
@@ -20,6 +21,7 @@ from tests import processes
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("HF_DEACTIVATE_ASYNC_LOAD", "1")  # threads take longer than what pico models give them to do
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -29,11 +31,10 @@ hypothesis.settings.register_profile("nightly", max_examples=200, deadline=None)
 hypothesis.settings.load_profile("ci")  # `make test-all` asks for the other one on the command line
 
 
-def _used(item: pytest.Function) -> set[str]:
-    """Names that a test, its fixtures (but those of all) and the functions that they call use."""
-    known = item._fixtureinfo.name2fixturedefs
-    fixtures = [found[-1].func for name, found in known.items() if not name.startswith("_")]
-    seen, todo = set(item.fixturenames), [item.function, *fixtures]
+@functools.cache
+def _names(functions: tuple[Callable[..., Any], ...]) -> frozenset[str]:
+    """Names that these functions, and those that they call, use."""
+    seen, todo = set[str](), [*functions]
     while todo:
         function = todo.pop()
         codes = [code] if (code := getattr(function, "__code__", None)) else []
@@ -42,13 +43,20 @@ def _used(item: pytest.Function) -> set[str]:
             for name in set(code.co_names) - seen:
                 seen.add(name)
                 todo.append(function.__globals__.get(name))
-    return seen
+    return frozenset(seen)
+
+
+def _used(item: pytest.Function) -> frozenset[str]:
+    """Names that a test, its fixtures (but those of all) and the functions that they call use."""
+    known = item._fixtureinfo.name2fixturedefs
+    fixtures = [found[-1].func for name, found in known.items() if not name.startswith("_")]
+    return _names((item.function, *fixtures)) | set(item.fixturenames)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Mark each test by the dearest thing that it uses: `unit`, `model`, `process`."""
     for item in items:
-        used = _used(item) if isinstance(item, pytest.Function) else set()
+        used = _used(item) if isinstance(item, pytest.Function) else frozenset()
         if used & {"subprocess", "processes", "Process"}:
             item.add_marker(pytest.mark.process)
         elif used & {"pico", "load_model", "open_checkpoint"}:

@@ -224,7 +224,7 @@ def test_share_bounds_match_scipy(of):
 
 
 @pytest.mark.parametrize("confidence", [0.9, 0.95])
-@pytest.mark.parametrize("texts", [1, 4, 13])
+@pytest.mark.parametrize("texts", [1, 4, pytest.param(13, marks=pytest.mark.slow)])
 def test_accuracy_drop_bounds_cover_by_enumeration(texts, confidence):
     """Every outcome with its probability, over a grid of all true rates: each bound holds at least as often as it says."""
     outcomes = [(lost, won) for lost in range(texts + 1) for won in range(texts + 1 - lost)]

@@ -211,7 +211,9 @@ class StreamedModel:
         for key, buffer in list(untyped.named_non_persistent_buffers()):
             module, _, name = key.rpartition(".")
             model.get_submodule(module).register_buffer(name, torch.empty_like(buffer, device="cpu"), persistent=False)
-        untyped.initialize_weights()  # computes those buffers; does nothing to tensors on the meta device
+        for parameter in untyped.parameters():
+            parameter._is_hf_initialized = True  # on the meta device: drawing would take long, for nothing
+        untyped.initialize_weights()  # computes those buffers
         for key, buffer in list(untyped.named_non_persistent_buffers()):
             module, _, name = key.rpartition(".")
             model.get_submodule(module).register_buffer(name, buffer.to(self.device), persistent=False)

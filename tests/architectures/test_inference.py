@@ -116,8 +116,12 @@ def test_passes_without_data_need_no_class(name, settings, tmp_path):
     ("kind", "cls", "lost"),
     [
         ("gte", "GteForMaskedLM", "attention.qkv_proj"),  # three layers in memory, one in files
-        ("olmo_hybrid", "OlmoHybridForCausalLM", "linear_attn.a_proj"),  # three convolutions in files, one in memory
-        ("zamba2", "Zamba2ForCausalLM", "shared_transformer.feed_forward.down_proj"),  # the same in two blocks
+        # three convolutions in files, one in memory
+        pytest.param("olmo_hybrid", "OlmoHybridForCausalLM", "linear_attn.a_proj", marks=pytest.mark.slow),
+        # the same in two blocks
+        pytest.param(
+            "zamba2", "Zamba2ForCausalLM", "shared_transformer.feed_forward.down_proj", marks=pytest.mark.slow
+        ),
     ],
 )
 def test_codes_that_transformers_cannot_load_are_refused_in_stock_files(kind, cls, lost, tmp_path):

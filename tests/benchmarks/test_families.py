@@ -18,16 +18,20 @@ from benchmarks.families.classes import Subject, subjects
 from tests import processes
 
 ROOT = Path(__file__).resolve().parents[2]
-#: One cell of each column but one, each of another kind of model.
+#: One cell of each column, each of another kind of model.
 FIXED = (
+    ("ViTForImageClassification", "mlp"),
+    ("Phi3ForCausalLM", "heads"),
+    ("LlavaForConditionalGeneration", "eval"),
+)
+SLOW = (
     ("WhisperForConditionalGeneration", "magnitude"),
     ("JambaForCausalLM", "sparsegpt"),
     ("Olmo2ForCausalLM", "layers"),
-    ("ViTForImageClassification", "mlp"),
-    ("Phi3ForCausalLM", "heads"),
     ("LlamaForCausalLM", "share"),
     ("BertForMaskedLM", "factorize"),
-    ("LlavaForConditionalGeneration", "eval"),
+    ("BartForCausalLM", "gptq"),
+    ("GptOssForCausalLM", "rtn"),
 )
 #: Number of cells that the commit draws.
 DRAWN = 60
@@ -85,11 +89,7 @@ def _verdict(subject: Subject, cell: str, process: judge.Stock) -> tuple[str, st
 
 @pytest.mark.parametrize(
     ("class_name", "cell"),
-    [
-        *FIXED,
-        pytest.param("BartForCausalLM", "gptq", marks=pytest.mark.slow),
-        pytest.param("GptOssForCausalLM", "rtn", marks=pytest.mark.slow),
-    ],
+    [*FIXED, *(pytest.param(*cell, marks=pytest.mark.slow) for cell in SLOW)],
 )
 def test_a_cell_works(class_name, cell, stock_process):
     assert _verdict(_subject(class_name), cell, stock_process) == ("works", "")

@@ -88,6 +88,7 @@ def test_sparsegpt_of_kernels_equals_a_solver_on_unfolded_inputs(resnet, images,
     assert same_as_stock(out, tmp_path)
 
 
+@pytest.mark.slow
 def test_gptq_of_kernels_loses_less_than_rounding(resnet, images, tmp_path):
     common = {"weights": "int3", "store": "compact"}
     alone = {"error_correction": [], "reconstruction_epochs": 0}

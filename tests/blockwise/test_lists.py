@@ -49,7 +49,11 @@ def whole(checkpoint, inputs):
 
 
 @pytest.mark.parametrize(
-    ("masked", "target"), [pytest.param(False, TARGET, marks=pytest.mark.slow), (True, TARGET), (True, SOURCE)]
+    ("masked", "target"),
+    [
+        *(pytest.param(masked, TARGET, marks=pytest.mark.slow) for masked in (False, True)),
+        (True, SOURCE),
+    ],
 )
 def test_both_lists_match_the_whole_model(masked, target, folders, tmp_path):
     """Outputs of blocks, and statistics of all matrices; those of cross-attention count the source's tokens."""
@@ -130,9 +134,7 @@ def test_the_decoder_reads_the_encoder_as_it_was_changed(folders, tmp_path):
     assert not torch.allclose(before[key], reads[key], rtol=1e-2, atol=1e-2)
 
 
-@pytest.mark.parametrize(
-    "stop", [pytest.param(1, marks=pytest.mark.slow), 3, 4, pytest.param(6, marks=pytest.mark.slow)]
-)
+@pytest.mark.parametrize("stop", [4, *(pytest.param(block, marks=pytest.mark.slow) for block in (1, 3, 6))])
 def test_a_killed_run_continues_in_either_list(stop, folders, tmp_path):
     """Stopped inside the encoder, at its last block, at the decoder's first, or later: the same bytes as in one go."""
     checkpoint, inputs = open_checkpoint(folders["t5"]), pairs(masked=True)

@@ -196,7 +196,7 @@ def test_hub_reads_a_single_file_beside_shards(hub, call, tmp_path):
         assert "holds two models: model.safetensors, and other weights in the shards" in done.stderr
 
 
-@pytest.mark.parametrize("equal", [True, False])
+@pytest.mark.parametrize("equal", [pytest.param(True, marks=pytest.mark.slow), False])
 def test_hub_compares_copies_of_tied_tensors_by_samples(equal, hub, call, tmp_path):
     """A plan from headers alone says the bytes that a run then writes."""
     path = hub.folder / "config.json"

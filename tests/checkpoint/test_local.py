@@ -114,9 +114,7 @@ def loaded(tmp_path_factory):
     [
         *(("llama", pattern) for pattern in PATTERNS),
         *(
-            (family, "window")
-            if family in ("gemma2", "gpt2")
-            else pytest.param(family, "window", marks=pytest.mark.slow)
+            (family, "window") if family == "gemma2" else pytest.param(family, "window", marks=pytest.mark.slow)
             for family in FAMILIES[1:]
         ),
     ],
@@ -179,7 +177,10 @@ def test_kept_places_are_those_that_the_last_token_sees(pattern, window, sinks):
 GREEDY = {"max_new_tokens": 30, "min_new_tokens": 30, "do_sample": False, "pad_token_id": 0}
 
 
-@pytest.mark.parametrize("more", [{}, {"prefill_chunk_size": 7}, {"num_beams": 3}])
+@pytest.mark.parametrize(
+    "more",
+    [{"prefill_chunk_size": 7}, *(pytest.param(each, marks=pytest.mark.slow) for each in ({}, {"num_beams": 3}))],
+)
 def test_generation_through_the_cache_equals_generation_without(more, loaded):
     ids = torch.randint(1, 250, (2, 40))
     without = {key: value for key, value in more.items() if key != "prefill_chunk_size"}
@@ -187,7 +188,10 @@ def test_generation_through_the_cache_equals_generation_without(more, loaded):
     assert torch.equal(loaded[1].generate(ids, attention_mask=torch.ones_like(ids), **GREEDY, **more), expected)
 
 
-@pytest.mark.parametrize("more", [{}, {"prefill_chunk_size": 16}, {"num_beams": 2}])
+@pytest.mark.parametrize(
+    "more",
+    [{"num_beams": 2}, *(pytest.param(each, marks=pytest.mark.slow) for each in ({}, {"prefill_chunk_size": 16}))],
+)
 def test_padded_prompts_generate_what_each_does_alone(more, loaded):
     ids, lengths = torch.randint(1, 250, (3, 40)), (40, 9, 25)
     padding = torch.stack([torch.arange(40) >= 40 - length for length in lengths]).long()

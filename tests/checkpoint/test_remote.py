@@ -118,7 +118,7 @@ def test_remote_code_is_refused_unless_trusted(foreign):
     assert torch.isfinite(once).all()
 
 
-@pytest.mark.parametrize("architecture", ["LlamaForCausalLM", None])
+@pytest.mark.parametrize("architecture", [pytest.param("LlamaForCausalLM", marks=pytest.mark.slow), None])
 def test_remote_code_when_ignored_gives_way_to_transformers(architecture, tmp_path, texts, stock_outputs):
     folder = bring_code(tmp_path / "in", "llama")
     if architecture is not None:

@@ -62,9 +62,10 @@ def damaged(document, seed):
     return made
 
 
-def test_gate_judges_or_refuses_damaged_reports(cli, documents, tmp_path):
+@pytest.mark.parametrize("seeds", [range(15), pytest.param(range(15, 60), marks=pytest.mark.slow)], ids=str)
+def test_gate_judges_or_refuses_damaged_reports(seeds, cli, documents, tmp_path):
     found = set()
-    for seed in range(60):
+    for seed in seeds:
         (tmp_path / "r.json").write_text(json.dumps(damaged(documents[0], seed)))
         status, said = cli("gate", tmp_path / "r.json")
         assert status in (0, 1, 2, 3), (seed, said)

@@ -63,7 +63,13 @@ def write_package(page: Path, folder: Path) -> None:
     (metadata / "entry_points.txt").write_text("\n".join(lines))
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+@pytest.mark.parametrize(
+    "page",
+    [
+        pytest.param(page, id=page.stem, marks=[pytest.mark.slow] * (page.stem in ("codec", "edit", "family")))
+        for page in PAGES
+    ],
+)
 def test_extend_example_runs(page: Path, tmp_path: Path) -> None:
     write_package(page, tmp_path)
 

@@ -42,7 +42,13 @@ def slow(model, tokenizer, text, window, stride):
     return sum(nll.values())
 
 
-@pytest.mark.parametrize(("window", "stride"), [(32, 32), (32, 16), (16, 5), (64, 64)])
+@pytest.mark.parametrize(
+    ("window", "stride"),
+    [
+        *((32, 32), (16, 5)),
+        *(pytest.param(*case, marks=pytest.mark.slow) for case in ((32, 16), (64, 64))),
+    ],
+)
 def test_score_documents_scores_every_token_once(model, tokenizer, window, stride):
     documents = [Document(f"d#{i}", t) for i, t in enumerate(TEXTS * 10)]
     scores = score_documents(model, tokenizer, documents, window=window, stride=stride).to_dict()

@@ -60,7 +60,7 @@ def test_emulated_inputs_match_stock_logits(rounded, stock_outputs, tmp_path):
     assert min(effects.values()) > 1e-3, effects
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("dtype", [pytest.param("float32", marks=pytest.mark.slow), "bfloat16"])
 def test_codes_with_bfloat16_scales_match_stock_logits(dtype, stock_outputs, tmp_path):
     """Stock transformers multiplies codes by scales in the dtype that it is asked for, and so do we."""
     base = pico.save(tmp_path / "base", "llama", dtype=torch.bfloat16, with_tokenizer=False)

@@ -40,8 +40,10 @@ def hidden(folder):
     [
         ("stock", "prune_structured", {"mlp": 0.25, "compensation": "least_squares"}),
         ("stock", "cast", {"weights": "bf16"}),
-        ("compact", "prune_unstructured", {"sparsity": 0.5, "reconstruction_epochs": 1}),
-        ("compact", "share", {"groups": 2, "residual_rank": 0}),
+        pytest.param(
+            "compact", "prune_unstructured", {"sparsity": 0.5, "reconstruction_epochs": 1}, marks=pytest.mark.slow
+        ),
+        pytest.param("compact", "share", {"groups": 2, "residual_rank": 0}, marks=pytest.mark.slow),
         ("compact", "factorize", {"keep_parameters": 0.5, "allocation": "uniform", "reconstruction_epochs": 0}),
     ],
 )

@@ -20,7 +20,7 @@ def recipe(tmp_path: Path, pico_llama: Path, texts: tuple[Path, Path]) -> Callab
             "document_separator": "<|doc|>",
             "data": {
                 "calibration": {"files": [str(train)], "samples": 4, "length": 32},
-                "evaluation": {"files": [str(valid)], "window": 32, "max_documents": 30},
+                "evaluation": {"files": [str(valid)], "window": 32, "max_documents": 8},
             },
             "passes": [
                 {"prune_structured": {"layers": 1, "compensation": "none"}},

@@ -75,7 +75,7 @@ write._pwrite = slow
     ],
 )
 def test_run_resumes_when_stopped_while_writing(number, status, stage, recipe_file, tmp_path):
-    path = recipe_file()
+    path = recipe_file(evaluate=[])
     process = start(path, before=PAUSE.format(stage=stage))
     assert process.stdout.readline() == "paused\n"
     process.send_signal(number)
@@ -128,9 +128,9 @@ runner.BlockRunner._block = told
 
 def test_run_killed_resumes_at_its_last_block(recipe_file, tmp_path):
     passes = [{"prune_unstructured": {"method": "sparsegpt", "sparsity": "60%", "reconstruction_epochs": 2}}]
-    path = recipe_file(passes=passes, gates=None, output=str(tmp_path / "unbroken"))
+    path = recipe_file(passes=passes, gates=None, evaluate=[], output=str(tmp_path / "unbroken"))
     assert start(path).wait(timeout=120) == 0
-    path = recipe_file(passes=passes, gates=None)
+    path = recipe_file(passes=passes, gates=None, evaluate=[])
     process = start(path, before=BLOCKS.format(stop=2))
     assert [process.stdout.readline() for _ in range(3)] == ["0\n", "1\n", "2\n"]
     process.kill()

@@ -107,7 +107,7 @@ def kill_at(number: int, work) -> int:
     return fork(watched)
 
 
-@pytest.mark.parametrize("step", [pytest.param(1, marks=pytest.mark.slow), 7])
+@pytest.mark.parametrize("step", [pytest.param(1, marks=pytest.mark.slow), 11])
 def test_publish_survives_a_kill_anywhere(small, tmp_path, step):
     """The output is always one whole result, and the next run ends with the right one and no remains."""
     one, two = small(), small(passes=[{"cast": {"weights": "fp16"}}])

@@ -117,19 +117,21 @@ def test_run_recomputes_nothing_when_only_gates_change(recipe):
 
 
 def test_run_publishes_nothing_when_a_gate_fails(recipe, tmp_path):
-    result = compress.run(recipe(gates={"size": {"max_ratio": 0.1}}))
+    result = compress.run(recipe(evaluate=[], gates={"size": {"max_ratio": 0.1}}))
     assert (result.verdict, result.exit_status) == ("failed", 1)
     assert not (tmp_path / "out").exists()
     load_model(result.checkpoint)
-    anyway = compress.run(recipe(gates={"size": {"max_ratio": 0.1}}), publish_anyway=True)
+    anyway = compress.run(recipe(evaluate=[], gates={"size": {"max_ratio": 0.1}}), publish_anyway=True)
     assert (anyway.verdict, anyway.exit_status, anyway.published) == ("failed", 1, True)
     load_model(tmp_path / "out")
 
 
 def test_run_keeps_an_earlier_result_when_the_new_one_fails(recipe, tmp_path):
-    compress.run(recipe())
+    compress.run(recipe(evaluate=[]))
     before = weights(tmp_path / "out")
-    failed = compress.run(recipe(passes=[{"cast": {"weights": "fp16"}}], gates={"size": {"max_ratio": 0.1}}))
+    failed = compress.run(
+        recipe(evaluate=[], passes=[{"cast": {"weights": "fp16"}}], gates={"size": {"max_ratio": 0.1}})
+    )
     assert not failed.published
     assert weights(tmp_path / "out") == before
 
@@ -218,11 +220,11 @@ def test_run_locates_errors_of_a_pass(recipe):
 
 
 def test_plan_gives_what_a_run_writes(recipe, pico_llama):
-    planned = compress.plan(recipe())
-    result = compress.run(recipe())
+    planned = compress.plan(recipe(evaluate=[]))
+    result = compress.run(recipe(evaluate=[]))
     assert [s.size.bytes for s in planned.stages] == [s["size"]["bytes"] for s in result.report["stages"]]
     last = planned.stages[-1].passes[-1]
-    stock_run = compress.run(recipe(store="stock", output=recipe()["output"] + "-stock", gates={}))
+    stock_run = compress.run(recipe(evaluate=[], store="stock", output=recipe()["output"] + "-stock", gates={}))
     assert last.other_store.bytes == stock_run.report["result"]["size"]["bytes"]
 
 

@@ -199,7 +199,13 @@ def damages(path: Path) -> dict[str, object]:
     }
 
 
-@pytest.mark.parametrize("kind", list(damages(Path(__file__))))
+@pytest.mark.parametrize(
+    "kind",
+    [
+        pytest.param(kind, marks=[] if kind in ("cut", "number changed") else [pytest.mark.slow])
+        for kind in damages(Path(__file__))
+    ],
+)
 def test_run_folder_is_made_anew_when_damaged(recipe, tmp_path, kind):
     data = recipe()["data"]
     data["evaluation"]["max_documents"] = 2

@@ -19,7 +19,7 @@ def finished(tmp_path_factory, pico_llama, texts):
             "document_separator": "<|doc|>",
             "data": {
                 "calibration": {"files": [str(train)], "samples": 4, "length": 32},
-                "evaluation": {"files": [str(valid)], "window": 32, "max_documents": 30},
+                "evaluation": {"files": [str(valid)], "window": 32, "max_documents": 8},
             },
             "passes": [
                 {"prune_structured": {"layers": 1, "compensation": "none"}},

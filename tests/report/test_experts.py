@@ -41,7 +41,7 @@ def run(model, texts, output, settings):
 @pytest.mark.parametrize(
     ("family", "name", "settings", "cold"),
     [
-        ("qwen3_moe", "cast", {"weights": "int4", "group_size": 32}, 16),
+        pytest.param("qwen3_moe", "cast", {"weights": "int4", "group_size": 32}, 16, marks=pytest.mark.slow),
         pytest.param(
             "mixtral",
             "cast",
@@ -52,7 +52,13 @@ def run(model, texts, output, settings):
         pytest.param(
             "mixtral", "share", {"codebook_bits": 4, "only": ["*layers.0.*experts*"]}, 4, marks=pytest.mark.slow
         ),
-        ("qwen3_moe", "prune_unstructured", {"method": "wanda", "sparsity": 0.5, "allocation": "owl"}, 16),
+        pytest.param(
+            "qwen3_moe",
+            "prune_unstructured",
+            {"method": "wanda", "sparsity": 0.5, "allocation": "owl"},
+            16,
+            marks=pytest.mark.slow,
+        ),
         pytest.param("qwen3_moe", "prune_structured", {"mlp": "25%"}, 16, marks=pytest.mark.slow),
         ("qwen3_moe", "prune_structured", {"experts": 2, "compensation": "none"}, 16),
     ],

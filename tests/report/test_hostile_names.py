@@ -26,7 +26,9 @@ FRONTS = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("front", FRONTS, ids=lambda f: f[:20])
+@pytest.mark.parametrize(
+    "front", [pytest.param(f, id=f[:20], marks=[pytest.mark.slow] * f.startswith("tags: [[[[")) for f in FRONTS]
+)
 def test_card_survives_any_front_matter(front, finished):
     text = card(finished.report, f"---\n{front}\nlicense: mit\n---\n# Theirs\n")
     found, body = _split(text)

@@ -50,7 +50,7 @@ def test_divergences_match_the_model(family, folders, data):
     assert 0.2 < found[name]["int6"] / kl < 5
 
 
-@pytest.mark.parametrize("family", ["llama", "mixtral"])
+@pytest.mark.parametrize("family", ["llama", pytest.param("mixtral", marks=pytest.mark.slow)])
 def test_divergences_by_block_are_those_of_the_whole_model(family, folders, data, tmp_path, monkeypatch):
     from compress.blockwise.inputs import Inputs
     from compress.blockwise.runner import BlockRunner

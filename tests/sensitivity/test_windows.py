@@ -131,8 +131,14 @@ def dense(executor, row):
     return {"full_attention": plain, "sliding_attention": sliding} if kinds else sliding
 
 
-@pytest.mark.parametrize("logits", [False, True])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(
+    ("family", "logits"),
+    [
+        pytest.param(family, logits, marks=[] if number % 2 == logits else [pytest.mark.slow])
+        for number, family in enumerate(FAMILIES)
+        for logits in (False, True)
+    ],
+)
 def test_window_losses_match_whole_models_and_dense_masks(family, logits, tmp_path, monkeypatch):
     monkeypatch.setattr(attention, "_QUERIES", 5)
     mask = None

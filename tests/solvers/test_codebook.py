@@ -94,6 +94,7 @@ def test_rounds_never_raise_codebook_error(monkeypatch):
         before, book = now, solver._lloyd(x, h, book)
 
 
+@pytest.mark.slow
 def test_merging_first_keeps_codebook_error(monkeypatch):
     W = torch.randn(300, 300, generator=torch.Generator().manual_seed(0))
     for bits in (2, 4, 8):

@@ -60,6 +60,7 @@ def test_obs_prune_groups_removes_least_cost_at_each_step(width, runs):
     assert obs_prune_groups(weight, hessian, 2, width=width, runs=runs) == alive
 
 
+@pytest.mark.slow
 def test_obs_prune_groups_nears_one_by_one_when_many_units():
     """Above 256 units several go in each step; the cost is close to that of one by one."""
     weight, hessian, _ = problem(8, 400, seed=0)

@@ -100,7 +100,7 @@ RECIPES = {
 }
 
 
-@pytest.mark.parametrize("name", RECIPES)
+@pytest.mark.parametrize("name", ["mxfp4", pytest.param("fp8", marks=pytest.mark.slow)])
 def test_recipe_from_small_files_to_stock_reload(name, folders, texts, stock_outputs, tmp_path):
     recipe = {
         "model": str(folders[name]),
@@ -125,7 +125,7 @@ def test_recipe_from_small_files_to_stock_reload(name, folders, texts, stock_out
 
 WRAPPED = [
     ("LlavaForConditionalGeneration", "fp8"),
-    ("BartForConditionalGeneration", "gptq"),
+    pytest.param("BartForConditionalGeneration", "gptq", marks=pytest.mark.slow),
     pytest.param("LlavaForConditionalGeneration", "gptq", marks=pytest.mark.slow),
     pytest.param("Gemma3ForConditionalGeneration", "fp8", marks=pytest.mark.slow),
     pytest.param("Gemma3ForConditionalGeneration", "gptq", marks=pytest.mark.slow),

@@ -124,7 +124,7 @@ def test_all_experts_together_are_the_dense_model(case, tmp_path):
     assert torch.equal(again, once)
 
 
-@pytest.mark.parametrize("case", ["llama", "biases"])
+@pytest.mark.parametrize("case", ["llama", pytest.param("biases", marks=pytest.mark.slow)])
 def test_carved_model_is_the_dense_one_without_the_other_experts(case, tmp_path):
     family, changes = CASES[case]
     folder = pico.folder(family, **changes)
@@ -139,7 +139,7 @@ def test_carved_model_is_the_dense_one_without_the_other_experts(case, tmp_path)
     assert relative(once, pico.logits(load_model(folder), 33)) > 0.05
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [pytest.param(torch.float32, marks=pytest.mark.slow), torch.bfloat16])
 def test_plan_of_carving_is_exact_to_the_byte(dtype, tmp_path):
     """The router is float32 whatever the rest is; a later cast leaves it so."""
     checkpoint = open_checkpoint(pico.folder("llama", dtype=dtype))
@@ -286,6 +286,7 @@ def test_plan_notes_say_what_a_token_uses():
     assert json.dumps(notes)
 
 
+@pytest.mark.slow
 def test_report_of_a_run_has_the_errors_of_down_projections(texts, tmp_path):
     import compress
 

@@ -20,7 +20,7 @@ CALIBRATION = Batches(torch.arange(8 * 16).view(8, 16) % 60 + 4)
     ("family", "settings"),
     [
         ("llama", {"weights": "trellis2", "method": "rtn"}),
-        ("llama", {"weights": "trellis3", "reconstruction_epochs": 1}),
+        pytest.param("llama", {"weights": "trellis3", "reconstruction_epochs": 1}, marks=pytest.mark.slow),
         ("gpt2", {"weights": "trellis4", "reconstruction_epochs": 0}),
     ],
     ids=str,

@@ -146,7 +146,7 @@ def test_fewer_numbers_are_the_original_with_projected_keys_and_values(tmp_path,
     assert cache_values(stored.spec, 7) == 7 * 4 * 23
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, pytest.param(torch.float16, marks=pytest.mark.slow)])
 def test_narrow_floats_lose_no_more_than_the_original_does(tmp_path, data, dtype):
     folder = pico.folder("llama", dtype=dtype, num_key_value_heads=4)
     settings = {"keys": 32, "values": 32, "repair": "none"}
@@ -158,8 +158,13 @@ def test_narrow_floats_lose_no_more_than_the_original_does(tmp_path, data, dtype
     assert ours <= 1.6 * theirs
 
 
-@pytest.mark.parametrize("target", ["minicpm3", "deepseek_v3"])
-@pytest.mark.parametrize("changes", [{}, BIASES])
+@pytest.mark.parametrize(
+    ("target", "changes"),
+    [
+        *(("minicpm3", {}), ("deepseek_v3", BIASES)),
+        *(pytest.param(*case, marks=pytest.mark.slow) for case in (("minicpm3", BIASES), ("deepseek_v3", {}))),
+    ],
+)
 def test_plan_with_given_ranks_is_exact_to_the_byte(tmp_path, data, target, changes):
     if target == "deepseek_v3" and changes:
         changes = {"attention_bias": True}
@@ -174,6 +179,7 @@ def test_plan_with_given_ranks_is_exact_to_the_byte(tmp_path, data, target, chan
     assert cache_values(planned, 5) == cache_values(out.spec, 5) == 5 * 4 * 18
 
 
+@pytest.mark.slow
 def test_max_cache_is_divided_by_trials_and_never_exceeded(tmp_path, data):
     checkpoint, details = open_checkpoint(pico.folder("llama")), {}
     settings = {"max_cache": 0.75, "repair": "none"}

@@ -108,7 +108,7 @@ def test_last_block_is_trained_towards_predictions(family, folders, tmp_path):
     assert kl["predictions"] < after[-1]["before"]
 
 
-@pytest.mark.parametrize("family", pico.families(["llama", "gpt2", "mixtral", "bert"], tier=("llama", "mixtral")))
+@pytest.mark.parametrize("family", pico.families(["llama", "gpt2", "mixtral", "bert"], tier=("llama",)))
 def test_importance_by_loss_beats_activation_and_magnitude(family, folders, tmp_path):
     original = open_checkpoint(folders[family])
     errors = {}

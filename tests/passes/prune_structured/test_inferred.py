@@ -18,6 +18,7 @@ from compress.checkpoint.open import open_checkpoint
 from compress.errors import PassError
 from compress.models.pico import dummy_inputs, pico_model
 from compress.models.shrink import default_config, shrunken
+from tests import pico
 from tests.toolbox import plan
 
 DATA_FREE = {"importance": "magnitude", "compensation": "none"}
@@ -62,7 +63,7 @@ def outputs(model: Any, ids: torch.Tensor) -> torch.Tensor:
     return torch.cat(logits, 1)
 
 
-@pytest.mark.parametrize("family", [*families.args[1], *NEURONS])
+@pytest.mark.parametrize("family", pico.families([*families.args[1], *NEURONS], tier=("falcon", "olmo2", "glm")))
 def test_neurons_that_go_equal_neurons_that_are_zero(family, tmp_path):
     before = save(family, tmp_path / "in")
     compress.apply("prune_structured", before, tmp_path / "out", mlp=0.25, **DATA_FREE)

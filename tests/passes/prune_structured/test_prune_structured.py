@@ -32,7 +32,11 @@ ENCODERS = ("bert", "roberta", "distilbert")
 
 
 @pytest.mark.parametrize(
-    "family", ["llama", "gemma2", "mixtral", "qwen3_moe", "gpt2", "bloom", "gpt_neox", "opt", *ENCODERS]
+    "family",
+    pico.families(
+        ["llama", "gemma2", "mixtral", "qwen3_moe", "gpt2", "bloom", "gpt_neox", "opt", *ENCODERS],
+        tier=("llama", "gemma2", "qwen3_moe", "gpt2", "bert"),
+    ),
 )
 @pytest.mark.parametrize("importance", ["kl", "block_influence"])
 def test_remove_layers_by_count_takes_least_influential_block(family, importance, tmp_path):

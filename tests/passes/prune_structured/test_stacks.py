@@ -16,8 +16,18 @@ from tests.passes.prune_structured.test_remove import DATA_FREE, HEADS_OUT, MLP_
 from tests.toolbox import apply, edit_config, plan, write
 
 
-@pytest.mark.parametrize("class_name", [None, "T5Model", "T5EncoderModel", "T5ForSequenceClassification"])
-@pytest.mark.parametrize("kind", ["relu", "gated-gelu"])
+@pytest.mark.parametrize(
+    ("class_name", "kind"),
+    [
+        *((None, "relu"), ("T5EncoderModel", "gated-gelu"), ("T5ForSequenceClassification", "relu")),
+        pytest.param("T5Model", "relu", marks=pytest.mark.slow),
+        pytest.param("T5EncoderModel", "relu", marks=pytest.mark.slow),
+        *(
+            pytest.param(name, "gated-gelu", marks=pytest.mark.slow)
+            for name in (None, "T5Model", "T5ForSequenceClassification")
+        ),
+    ],
+)
 @pytest.mark.parametrize(("settings", "ends"), [({"mlp": "25%"}, MLP_OUT), ({"heads": 1}, HEADS_OUT)])
 def test_stacks_of_every_class_match_zeroed_twin(class_name, kind, settings, ends, tmp_path, monkeypatch):
     """Gated and ungated, with and without a decoder, of another depth than the encoder: equal to the original with zeros."""

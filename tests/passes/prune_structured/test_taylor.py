@@ -45,7 +45,9 @@ def derivative(model, parameter: str, count: int, batches: Batches, along: int, 
     return total
 
 
-@pytest.mark.parametrize("family", ["llama", "gemma2", "phi3", "gpt2", "opt"])
+@pytest.mark.parametrize(
+    "family", pico.families(["llama", "gemma2", "phi3", "gpt2", "opt"], tier=("llama", "gemma2", "gpt2"))
+)
 @pytest.mark.parametrize("whole_groups", [False, True])
 def test_taylor_scores_match_derivative_by_unit_factor(family, whole_groups, tmp_path):
     checkpoint = open_checkpoint(pico.save(tmp_path / "in", family, with_tokenizer=False))
@@ -88,8 +90,13 @@ def test_taylor_scores_refuse_model_without_head(tmp_path):
         taylor_scores(open_checkpoint(folder), [], Batches(IDS), **HOW)
 
 
-@pytest.mark.parametrize("compensation", ["none", "reconstruction"])
-@pytest.mark.parametrize("family", ["llama", "mixtral"])
+@pytest.mark.parametrize(
+    ("family", "compensation"),
+    [
+        *(("llama", "reconstruction"), ("mixtral", "none")),
+        *(pytest.param(*case, marks=pytest.mark.slow) for case in (("llama", "none"), ("mixtral", "reconstruction"))),
+    ],
+)
 def test_taylor_removes_units_of_least_score(family, compensation, tmp_path):
     checkpoint = open_checkpoint(pico.save(tmp_path / "in", family, with_tokenizer=False))
     settings = {

@@ -50,6 +50,7 @@ def test_allocation_by_loss_prunes_idle_blocks_most(method, idle_block, data, tm
         assert not (more.tensor(name).mask & ~half.tensor(name).mask).any()
 
 
+@pytest.mark.slow
 def test_allocation_by_loss_beats_uniform_and_resumes(idle_block, data, tmp_path, monkeypatch):
     from compress.passes.prune_unstructured import divergence
 

@@ -46,8 +46,7 @@ def shared(checkpoint, work, bits, data=None, names=None, details=None):
     ("family", "calibrated"),
     [
         ("llama", False),
-        ("qwen3_moe", True),
-        *(pytest.param(f, True, marks=pytest.mark.slow) for f in ("llama", "gpt2")),
+        *(pytest.param(f, True, marks=pytest.mark.slow) for f in ("llama", "gpt2", "qwen3_moe")),
     ],
 )
 def test_cluster_writes_what_is_planned_and_loads(family, calibrated, folders, data, tmp_path):
@@ -77,7 +76,11 @@ def test_cluster_writes_what_is_planned_and_loads(family, calibrated, folders, d
 
 
 @pytest.mark.parametrize(
-    ("family", "store", "calibrated"), [("llama", "compact", True), ("gpt2", "stock", True), ("gpt2", "compact", False)]
+    ("family", "store", "calibrated"),
+    [
+        *(("llama", "compact", True), ("gpt2", "compact", False)),
+        pytest.param("gpt2", "stock", True, marks=pytest.mark.slow),
+    ],
 )
 def test_cluster_keeps_masks(family, store, calibrated, folders, data, tmp_path):
     """Kept weights that are zero stay kept, removed ones are +0, however the input is stored."""

@@ -130,7 +130,9 @@ def test_share_least_squares_beats_mean_and_residuals_help(folders, tmp_path):
     assert len(set(found.values())) == len(found)
 
 
-@pytest.mark.parametrize("arrangement", ["sequence", "cycle", "nearest", "best"])
+@pytest.mark.parametrize(
+    "arrangement", ["cycle", "best", *(pytest.param(one, marks=pytest.mark.slow) for one in ("sequence", "nearest"))]
+)
 def test_share_arrangements_place_blocks(arrangement, folders, tmp_path):
     details = {}
     share(folders["llama"], tmp_path / "out", groups=2, arrangement=arrangement, details=details)
@@ -201,7 +203,10 @@ def test_share_survives_later_passes(family, steps, fraction, folders, texts, tm
         assert all(t.kept == round(t.count / 2) for t in masks)
 
 
-@pytest.mark.parametrize("class_name", ["BertForMaskedLM", "BertForSequenceClassification", "BertModel"])
+@pytest.mark.parametrize(
+    "class_name",
+    pico.families(["BertForMaskedLM", "BertForSequenceClassification", "BertModel"], tier=("BertForMaskedLM",)),
+)
 def test_share_turns_bert_into_albert(class_name, tmp_path, stock_outputs):
     pico.save(tmp_path / "in", "bert", class_name=class_name)
     config = json.loads((tmp_path / "in/tokenizer_config.json").read_text())
