@@ -7,7 +7,7 @@ BIN    := $(VENV)/bin
 WORKERS ?= 2
 STAMP  := $(VENV)/.ready
 
-.PHONY: wheel setup quickstart test test-unit test-browser test-all check bench bench-start bench-prune bench-distill bench-recover bench-share bench-structured bench-depth bench-minutes bench-cast bench-effort bench-versus bench-peers bench-scale bench-memory bench-gpu bench-rounded bench-attention families same-bytes docs clean
+.PHONY: wheel setup quickstart test test-unit test-browser test-all check check-types check-rest bench bench-start bench-prune bench-distill bench-recover bench-share bench-structured bench-depth bench-minutes bench-cast bench-effort bench-versus bench-peers bench-scale bench-memory bench-gpu bench-rounded bench-attention families same-bytes docs clean
 
 setup: $(STAMP)
 
@@ -57,10 +57,16 @@ soak: $(STAMP)
 	  $(BIN)/python -m tests.campaigns.$$campaign --count $$(( $(or $(COUNT),5000) / 10 )) $(if $(SEED),--seed $(SEED),--resume) || exit 1; done
 	$(BIN)/python -m tests.campaigns.ledger
 
+# mypy takes as long as all the others, which run beside it
 check: $(STAMP)
+	@$(MAKE) --no-print-directory --output-sync=target --keep-going -j2 check-types check-rest
+
+check-types: $(STAMP)
+	$(BIN)/mypy
+
+check-rest: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/mypy
 	$(BIN)/lint-imports
 	$(BIN)/python -m tools.check_house
 	$(BIN)/python -m tools.docs.pages --check

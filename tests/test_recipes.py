@@ -28,7 +28,6 @@ def real(path):
 FAST = (
     "cast_int4",
     "prune_unstructured",
-    "prune_structured",
     "prune_distill_cast",
     "local_attention",
 )

@@ -52,7 +52,10 @@ def held(model, length, steps=0):
     return sum(tensor.numel() for layer in cache.layers for tensor in (layer.keys, layer.values))
 
 
-@pytest.mark.parametrize(("family", "changes"), [*((family, {}) for family in CAUSAL), *WINDOWED])
+@pytest.mark.parametrize(
+    ("family", "changes"),
+    [*(pytest.param(f, {}, marks=[] if f in pico.TIER else [pytest.mark.slow]) for f in CAUSAL), *WINDOWED],
+)
 def test_cache_values_are_those_of_the_real_cache(family, changes, tmp_path):
     folder = pico.save(tmp_path / "in", family, **changes)
     spec, model = open_checkpoint(folder).spec, load_model(folder)

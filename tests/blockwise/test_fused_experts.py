@@ -118,6 +118,7 @@ def test_pruned_experts_equal_a_solver_of_each_matrix(family, models, data, tmp_
     assert torch.equal(stock_logits(out, tmp_path), our_logits(out))
 
 
+@pytest.mark.slow
 def test_calibrated_codes_of_experts_beat_rounding(models, data, tmp_path):
     errors = {}
     expected = our_logits(models["gpt_oss"])

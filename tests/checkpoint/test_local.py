@@ -157,7 +157,7 @@ def test_cache_holds_no_tensor_of_the_whole_prompt(loaded):
 
 
 @pytest.mark.parametrize("pattern", PATTERNS)
-@pytest.mark.parametrize("window", [1, 2, 5, 8])
+@pytest.mark.parametrize("window", [1, 5, *(pytest.param(window, marks=pytest.mark.slow) for window in (2, 8))])
 @pytest.mark.parametrize("sinks", [0, 1, 3, 7, 20])
 def test_kept_places_are_those_that_the_last_token_sees(pattern, window, sinks):
     for more in (1, 2, 3, 5):

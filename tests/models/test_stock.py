@@ -207,7 +207,9 @@ def test_stock_loader_takes_base_class_files(family, class_name, change, blocks,
     torch.testing.assert_close(pico.logits(model), pico.logits(compress.load(out)), rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("family", ["gpt_neox", "vit", "mixtral"])
+@pytest.mark.parametrize(
+    "family", ["gpt_neox", *(pytest.param(family, marks=pytest.mark.slow) for family in ("vit", "mixtral"))]
+)
 def test_names_in_memory_are_read_back_as_file_names(family, tmp_path):
     """As a file of another tool: without the metadata that only we write."""
     from safetensors.torch import load_file, save_file

@@ -34,9 +34,15 @@ def test_words_of_other_tools_name_passes():
         passes.get("swa")
 
 
-@pytest.mark.parametrize("family", pico.families())
+@pytest.mark.parametrize(
+    ("store", "family"),
+    [
+        pytest.param(store, family, marks=[] if family in quick else [pytest.mark.slow])
+        for store, quick in (("stock", pico.TIER), ("compact", ("llama", "gpt2", "qwen3_moe", "t5")))
+        for family in pico.FAMILIES
+    ],
+)
 @pytest.mark.parametrize(("name", "settings"), STATIC)
-@pytest.mark.parametrize("store", ["stock", "compact"])
 def test_plan_matches_what_every_pass_writes(family, name, settings, store, folders, tmp_path):
     if "layers" in settings and family not in pico.ONE_LIST:
         pytest.skip("no block can go by its number")

@@ -30,7 +30,7 @@ def with_data(recipe, texts):
 
     def make(calibration, **changes):
         data = {"calibration": calibration, "evaluation": evaluation}
-        return recipe(**{"passes": PASSES, "gates": None, "data": data, **changes})
+        return recipe(**{"passes": PASSES, "gates": None, "evaluate": [], "data": data, **changes})
 
     return make
 

@@ -173,6 +173,7 @@ def test_choice_resumes_with_the_same_losses(tmp_path):
         assert [path.name for path in (tmp_path / str(steps)).iterdir()] == ["trials.json"]
 
 
+@pytest.mark.slow
 def test_a_model_that_reads_more_than_hidden_states_is_run_whole(tmp_path):
     """gemma3n hands every block a stack of streams and embeddings of its own."""
     import transformers

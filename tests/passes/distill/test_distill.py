@@ -132,6 +132,7 @@ def test_distill_learns_with_every_optimizer_and_schedule(tmp_path, pico_llama, 
     assert said["tokens"] == 12 * 8 * 16
 
 
+@pytest.mark.slow
 def test_distill_lowers_every_loss(tmp_path, pruned, pico_llama):
     losses = {
         "reverse_kl": 0.5,

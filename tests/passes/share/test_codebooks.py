@@ -150,6 +150,7 @@ def test_cluster_again_changes_nothing(folders, tmp_path):
         assert torch.equal(once.tensor(name).data, twice.tensor(name).data)
 
 
+@pytest.mark.slow
 def test_cluster_of_bfloat16(tmp_path, data):
     folder = pico.save(tmp_path / "in", "llama", dtype=torch.bfloat16, with_tokenizer=False)
     changed = shared(open_checkpoint(folder), tmp_path / "w", 4, data)

@@ -98,7 +98,7 @@ def test_share_of_equal_blocks_is_exact(family, parts, folders, tmp_path):
     assert worse > 10 * (pico.logits(small) - pico.logits(model)).abs().max()
 
 
-@pytest.mark.parametrize("family", ["granite_swa", "olmo3"])
+@pytest.mark.parametrize("family", ["olmo3", pytest.param("granite_swa", marks=pytest.mark.slow)])
 def test_share_puts_logits_and_norms_of_heads_in_order(family, tmp_path):
     """Blocks keep logits and norms of their own, in the order of the shared heads."""
     kinds = ["full_attention"] * 2 + ["sliding_attention"] * 2
