@@ -42,6 +42,7 @@ def card_of(state: Run, report: Mapping[str, Any], picture: str | None, *, origi
     assert folder is not None
     spec = open_checkpoint(report["stages"][-1]["folder"], trust_remote_code=True).spec
     recipe = reports.brief(report["recipe"]["resolved"])
+    recipe.pop("log", None)  # it concerns nobody else
     recipe |= {"model": base_name(state.recipe.model), "output": state.output.name}
     recipe["data"] = {
         key: {**section, **{k: _last_names(section[k]) for k in ("files", "images") if k in section}}

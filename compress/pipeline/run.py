@@ -24,6 +24,7 @@ from compress.pipeline.publish import recover
 from compress.pipeline.results import RunReport, RunResult
 from compress.pipeline.stages import run_stages
 from compress.pipeline.state import Run
+from compress.pipeline.trackers import track
 from compress.pipeline.workers import process_group, worker_loop
 from compress.planning import Plan, size_on_disk
 from compress.progress import Progress, SilentProgress
@@ -110,6 +111,7 @@ def _run(run: Run, publish_anyway: bool, recipe_path: str | None) -> RunResult:
             }
         )
         close(run, report, identity)
+        track(run.recipe, report, run.progress)
     checkpoint = run.output if published else Path(rows[-1]["folder"])
     return RunResult(checkpoint, report, verdict.status, verdict.exit_status, published)
 

@@ -20,6 +20,7 @@ from compress.pipeline.folder import RunFolder
 from compress.pipeline.hub_data import check_hub_data, with_hub_data
 from compress.pipeline.machine import resolve_device
 from compress.pipeline.preflight import check_folders, check_plan, check_sets, check_window
+from compress.pipeline.trackers import check_trackers
 from compress.planning import PlannedPass, PlannedStage, make_plan
 from compress.progress import Progress
 from compress.recipe import resolved
@@ -98,6 +99,7 @@ class Run:
         check_folders(self.recipe)
         check_sets(self.recipe)
         check_hub_data(self.recipe)
+        check_trackers(self.recipe)
         self.open()
         check_plan(self.recipe, self.plan)
         check_window(self.recipe, self.original.spec)

@@ -42,7 +42,7 @@ class Located:
     def _path(self, where: str) -> tuple[str | int, ...] | None:
         """The keys that an error names; None where it names something else."""
         first, *rest = where.split(".")
-        if first in ("data", "gates") and rest:
+        if first in ("data", "gates", "log") and rest:
             return (first, *rest)
         if first not in ("passes", "evaluate") or not rest:
             return None

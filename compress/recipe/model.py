@@ -15,6 +15,7 @@ from compress.passes.base import InputMultiple
 from compress.recipe.data import Data, Text
 from compress.recipe.entries import PassEntry, RecipeEntry
 from compress.recipe.gates import METRICS, Gates, metric_of
+from compress.recipe.log import Log
 from compress.recipe.metric_entries import SETTINGS, RecipeMetrics, parse_metric
 from compress.settings import ByteSize, Settings, expected
 
@@ -108,6 +109,7 @@ class Recipe(Settings):
         "pairs). None without `data.evaluation`.",
     )
     gates: Gates = Field(default=Gates(), description="Bounds that the result must keep to be published.")
+    log: Log = Field(default=Log(), description="Trackers that get the figures of the finished run.")
     confidence: float = Field(default=0.95, gt=0.5, lt=1, description="Confidence of gates on metrics of text.")
     bootstrap: int = Field(default=10_000, ge=100, description="Resamples for confidence intervals.")
 

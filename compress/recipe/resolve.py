@@ -30,6 +30,9 @@ def resolved(recipe: Recipe) -> dict[str, Any]:
         name: {k: v for k, v in section.items() if v or k not in ("files", "images", "speech")}
         for name, section in values["data"].items()
     }
+    values["log"] = {name: value for name, value in values["log"].items() if value is not None}
+    if not values["log"]:
+        del values["log"]
     for section in values["data"].values():
         if section["dataset"] is not None:  # its files are those of this machine
             section.pop("files", None)
