@@ -45,7 +45,7 @@ def init(
         return
     write_atomically(file, text.encode())
     before, after = fitted.plan.original.bytes, fitted.plan.stages[-1].size.bytes
-    say(f"{file}: {format_bytes(before)} ▶ {format_bytes(after)} planned, {' '.join(fitted.draft.notes)}")
+    say(f"{file}: {format_bytes(before)} ▶ {format_bytes(after)} planned, {'; '.join(fitted.draft.notes)}")
     say(f"next: compress run {shlex.quote(str(file))}")
 
 
