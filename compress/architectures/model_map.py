@@ -119,7 +119,8 @@ class ModelMap:
         """Name of the table [V, h] that token ids are looked up in; None for a model that reads no token ids."""
         if self.record.input != "input_ids":
             return None
-        return next((name for name in self.spec.tensors if name.endswith(f"{self.record.embeddings[0]}.weight")), None)
+        tables = self.record.embeddings[:1]
+        return next((name for name in self.spec.tensors for table in tables if name.endswith(f"{table}.weight")), None)
 
     @property
     def head_weight(self) -> Tensor | None:

@@ -19,7 +19,7 @@ def check_package(dataset: str) -> None:
     """Raise `DataError` without the package that reads data sets of the hub."""
     if find_spec("datasets") is None:
         raise DataError(
-            "data sets of the hub need the package datasets", where=dataset, fix="pip install 'compress-toolkit[hub]'"
+            f"{dataset}: data sets of the hub need the package datasets", fix="pip install 'compress-toolkit[hub]'"
         )
 
 

@@ -25,7 +25,7 @@ _PACKAGES = {"mlflow": "mlflow", "wandb": "wandb"}
 
 @dataclass(frozen=True)
 class Tracked:
-    """What a tracker gets.
+    """The figures of a run, as a tracker gets them.
 
     Attributes:
         name: of the output. settings: by key of the recipe. status: of the gates.

@@ -151,10 +151,12 @@ def without_tokenizer(to):
     return pico.save(to / "m", "llama", num_hidden_layers=1, with_tokenizer=False)
 
 
-def unknown(to):
+def unknown(to, **more):
     folder = pico.save(to / "m", "llama", num_hidden_layers=1)
     config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps(config | {"model_type": "none_such", "architectures": ["NoneSuch"]}))
+    (folder / "config.json").write_text(
+        json.dumps(config | {"model_type": "none_such", "architectures": ["NoneSuch"], **more})
+    )
     return folder
 
 
@@ -164,8 +166,10 @@ def test_init_of_a_model_without_tokenizer_reads_no_data(tmp_path):
     assert mapping["passes"][0]["cast"]["method"] == "mse"
 
 
-def test_init_of_an_unknown_class_casts_what_it_can(tmp_path):
-    mapping = begin(unknown(tmp_path)).mapping
+@pytest.mark.parametrize("more", [{}, {"hidden_size": 8}])
+def test_init_of_an_unknown_class_casts_what_it_can(more, tmp_path):
+    """Also where the config gives other shapes than the tensors have, so that no table is found."""
+    mapping = begin(unknown(tmp_path, **more)).mapping
     assert mapping["passes"][0]["cast"]["weights"] == "int4"
     assert "evaluation" not in mapping.get("data", {})
 
