@@ -72,8 +72,8 @@ def tracked(report: Mapping[str, Any]) -> Tracked:
         for step in figures.waterfall(report)
     ]
     steps[-1] = steps[-1] | _all_figures(report)
-    folder = Path(report["run_folder"])
-    files = [file for name in ("report.html", "report.json") if (file := folder / name).is_file()]
+    run_folder = Path(report["run_folder"])
+    files = [file for name in ("report.html", "report.json") if (file := run_folder / name).is_file()]
     return Tracked(Path(report["output"]).name, settings, report["status"], steps, files)
 
 
