@@ -17,7 +17,6 @@ class Perplexity(RatioMetric):
 
     name = "perplexity"
     title = "perplexity"
-    row = "perplexity"
     place = 20
     evaluations = {"evaluation": "Per token.", "masked": "Per masked token."}
     default = frozenset({"masked"})
