@@ -117,6 +117,7 @@ FURTHER: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "cwm": ("CwmForCausalLM", {"num_key_value_heads": 2, "head_dim": 8, "sliding_window": 6}),
     "smollm3": ("SmolLM3ForCausalLM", {"num_key_value_heads": 2}),
+    "olmoe": ("OlmoeForCausalLM", {"num_key_value_heads": 2, "num_experts": 4, "num_experts_per_tok": 2}),
     "olmo3": ("Olmo3ForCausalLM", {"num_key_value_heads": 2, "sliding_window": 6}),
     # without a written record; their files hold all experts in one tensor, [E, I, O] (Granite MoE: [E, O, I])
     "gpt_oss": (

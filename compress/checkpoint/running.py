@@ -5,22 +5,37 @@ from __future__ import annotations
 from collections import Counter
 from typing import Any
 
+from compress.architectures.model_map import model_map
 from compress.spec.formats import FIXED_GROUPS
-from compress.spec.spec import Spec
+from compress.spec.spec import Spec, Tensor
 
 #: Command that installs the package by which transformers loads codes, in the version that it requires.
 INSTALL = 'pip install "compressed-tensors>=0.15"'
 
 
 def input_formats(spec: Spec) -> dict[str, str]:
-    """Quantised module ▶ format of `ACTIVATIONS` that its inputs are rounded to.
+    """Quantised module ▶ format of `ACTIVATIONS` that stock transformers rounds its inputs to.
 
-    Empty for a compact checkpoint: its loader decodes codes to floats and rounds no inputs.
+    Empty for a compact checkpoint: its loader decodes codes to floats and rounds no inputs. Without experts, which transformers
+    fuses and whose inputs it does not round.
     """
+    is_expert = model_map(spec).is_expert
+    return {t.module: format_ for t, format_ in _with_inputs(spec) if not is_expert(t.name)}
+
+
+def _with_inputs(spec: Spec) -> list[tuple[Tensor, str]]:
     if spec.structure.compact:
-        return {}
-    formats = {t.module: t.quant_format.activations for t in spec.stored() if t.quant_format is not None}
-    return {module: format_ for module, format_ in formats.items() if format_ is not None}
+        return []
+    formats = ((t, t.quant_format and t.quant_format.activations) for t in spec.stored())
+    return [(tensor, format_) for tensor, format_ in formats if format_]
+
+
+def expert_note(spec: Spec) -> str | None:
+    """A sentence where servers round the inputs of experts and transformers, as metrics, does not; None elsewhere."""
+    is_expert = model_map(spec).is_expert
+    if not any(is_expert(tensor.name) for tensor, _ in _with_inputs(spec)):
+        return None
+    return "servers round the inputs of experts; stock transformers and reported metrics do not"
 
 
 def codes(spec: Spec) -> set[str]:
@@ -39,7 +54,8 @@ def loading_notes(spec: Spec) -> list[str]:
     """Notes on what stock transformers needs to load the checkpoint, beside torch."""
     if spec.structure.compact:
         return ["its own modelling file decodes it: load it with trust_remote_code=True"]
-    notes = [f"transformers needs a package to load its codes: {INSTALL}"] if codes(spec) else []
+    notes = [note] if (note := expert_note(spec)) is not None else []
+    notes += [f"transformers needs a package to load its codes: {INSTALL}"] if codes(spec) else []
     if narrow := narrow_codes(spec):
         notes.append(f'transformers computes with {" and ".join(narrow)} in bfloat16 alone: load it with dtype="auto"')
     return notes

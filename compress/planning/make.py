@@ -193,7 +193,8 @@ def _experts(spec: Spec) -> str:
     if not model_map(spec).has_experts:
         return ""
     return (
-        ": they read experts only if all have one format, without zero points, not nvfp4, and no quantised activations"
+        ": they read experts only if all have one format, without zero points, of packed integers, fp8 by channel or mxfp4, "
+        "and without static scales of inputs"
     )
 
 

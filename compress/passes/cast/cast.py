@@ -8,6 +8,7 @@ from math import lcm
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from compress.architectures.model_map import model_map
+from compress.checkpoint.running import expert_note
 from compress.errors import PassError
 from compress.passes.base import EDITED, Context, InputMultiple, Mode, Pass, Storage
 from compress.passes.cast.allocation import allocate_formats
@@ -217,6 +218,7 @@ class Cast(Pass[CastSettings]):
             left_note(spec, settings),
             group_note(spec, settings, cast),
             encoder_note(spec, settings, cast),
+            expert_note(cast),
         )
         return [note for note in notes if note is not None]
 

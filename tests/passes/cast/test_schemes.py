@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import get_args
 
 import pytest
@@ -12,6 +13,8 @@ from safetensors.torch import load_file
 import compress
 from compress import passes
 from compress.checkpoint.open import open_checkpoint
+from compress.checkpoint.running import expert_note
+from compress.checkpoint.storage.compressed_tensors.loaders import stock_holds
 from compress.checkpoint.storage.compressed_tensors.write import render
 from compress.checkpoint.values import Derived, Value
 from compress.data.batches import Batches
@@ -176,3 +179,27 @@ def test_blocks_that_do_not_fit_fall_back_to_scales_by_output():
         "blocks of 128 x 128 do not fit some matrices, which get one scale per output"
         in (passes.get("cast").plan_notes(before.spec, settings)[0])
     )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["qwen3_moe", "mixtral", "olmoe"])
+@pytest.mark.parametrize("name", ["W4A16", "W4A8", "W4AFP8", "FP8_DYNAMIC", "MXFP4"])
+def test_experts_are_written_one_by_one_and_read_by_stock_transformers(name, family, tmp_path):
+    """It fuses them, and rounds the inputs of the other layers alone."""
+    more = {"moe_intermediate_size": 128} if family == "qwen3_moe" else {}
+    before = open_checkpoint(pico.folder(family, dtype=torch.bfloat16, with_tokenizer=False, **{**SIZES, **more}))
+    written = write(apply(before, "cast", scheme=name, method="rtn", work=tmp_path / "work"), tmp_path / "out")
+    assert not written.spec.structure.compact
+    names = set(load_file(tmp_path / "out" / "model.safetensors"))
+    assert any(re.fullmatch(r"model\.layers\.0\..*experts\.3\.(down_proj|w2)\.weight(_packed)?", n) for n in names)
+    assert torch.equal(stock_logits(tmp_path / "out", tmp_path), our_logits(tmp_path / "out"))
+    assert (expert_note(written.spec) is None) == (SCHEMES[name].activations is None)
+
+
+@pytest.mark.parametrize("name", ["W8A8", "FP8", "FP8_BLOCK", "NVFP4A16", "NVFP4", "MXFP8"])
+def test_experts_that_stock_transformers_does_not_read_need_the_compact_store(name):
+    more = {"moe_intermediate_size": 256}
+    before = open_checkpoint(pico.folder("qwen3_moe", dtype=torch.bfloat16, with_tokenizer=False, **{**SIZES, **more}))
+    spec = plan(before, "cast", scheme=name)
+    holds = stock_holds(spec)
+    assert not any(holds(t) for t in spec.stored() if t.quant_format and ".experts." in t.name)

@@ -8,7 +8,7 @@ from compress.architectures.inferred import Inferred, starred
 from compress.architectures.model_map import model_map
 from compress.checkpoint.storage import format_chain
 from compress.checkpoint.storage.packed import INT8, PACKED
-from compress.checkpoint.storage.small_float import FP8
+from compress.checkpoint.storage.small_float import FP8, MXFP4
 from compress.spec.formats import QuantFormat
 from compress.spec.spec import Spec, Tensor
 
@@ -58,10 +58,14 @@ def stock_holds(spec: Spec) -> Callable[[Tensor], bool]:
 
 
 def fusible(quant_format: QuantFormat) -> bool:
-    """Whether transformers, which fuses experts in memory, reads experts of this format; it ignores their input scales."""
+    """Whether transformers, which fuses experts in memory, reads experts of this format. It rounds none of their inputs.
+
+    It fails for codes of a byte but fp8, for scales of blocks, and for static scales of inputs. It decodes nvfp4 wrongly.
+    """
     return (
-        quant_format.activations is None
-        and quant_format.symmetric
+        quant_format.symmetric
         and not quant_format.compact_only
-        and quant_format.format != "nvfp4"
+        and not quant_format.block
+        and not quant_format.static_inputs
+        and format_chain(quant_format) in (PACKED, FP8, MXFP4)
     )
