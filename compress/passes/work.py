@@ -87,8 +87,8 @@ def runner_work(
     """Return the work of a block runner that changes the tensors ``names``.
 
     Samples go through a block once for the statistics of all groups, which also gives its outputs unless it is tuned
-    afterwards. With targets the original block runs too, and with asymmetric calibration the original's states go through the
-    changed block and a second sum of products is taken; see `compress.blockwise.asymmetric`.
+    afterwards. With targets the original block runs too. With asymmetric calibration that is the pass which takes a second sum
+    of products; see `compress.blockwise.asymmetric`.
 
     Args:
         solvers: kinds of work on each matrix. factor: kind of work on each Hessian; None for none.
@@ -103,7 +103,7 @@ def runner_work(
         changed = [x for x in block.linears if x.name in names and x.shared_with is None]
         mixed = any(one.experts(x) > 1 for x in changed)
         again = (passes if changed else 1.0) + asymmetric + (tuning is not None) + mixed
-        one.forward(again + targets, size.tokens)
+        one.forward(again + (targets and not asymmetric), size.tokens)
         one.forward(1.0, _CHECKED * size.length)
         one.solve(changed, solvers, factor, 2 if asymmetric else 1)
         if curvature and mapped.has_head:
