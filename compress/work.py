@@ -97,6 +97,7 @@ class Work:
 
     def add(self, kind: str, outputs: int, inputs: int, times: float = 1.0) -> None:
         """Add ``times`` the work of a kind at a size."""
+        assert kind in TERMS, kind
         key = (kind, outputs, inputs)
         self.times[key] = self.times.get(key, 0.0) + times
 

@@ -21,7 +21,7 @@ from compress.blockwise.memory_budget import (
     curvatures_that_fit,
 )
 from compress.spec.spec import Spec
-from compress.work import Work
+from compress.work import TERMS, Work
 
 #: Passes over each value that a matrix reads or writes in a forward pass: norms, activations, sums, copies.
 _VALUES = 2.0
@@ -197,7 +197,8 @@ class _BlockWork:
             if sums > 1:  # of products that are not symmetric
                 self.work.add("product", width, width, (sums - 1) * tokens * count)
             if factor is not None:
-                self.work.add(f"{factor}_wide" if single else factor, 0, width, count)
+                wide = f"{factor}_wide"
+                self.work.add(wide if single and wide in TERMS else factor, 0, width, count)
         for x in changed:
             outputs, count, _ = self._matrices(x)
             for solver in solvers:
