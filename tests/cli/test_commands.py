@@ -64,7 +64,7 @@ def place(tmp_path_factory, pico_llama, texts):
     shutil.copytree(pico_llama, folder / "model")
     data = {
         "calibration": {"files": [str(train)], "samples": 4, "length": 32},
-        "evaluation": {"files": [str(valid)], "window": 32, "max_documents": 8},
+        "evaluation": {"files": [str(valid)], "window": 32, "max_documents": 30},
     }
     recipe = {
         **BASE,
@@ -237,7 +237,7 @@ def test_diff_compares_two_checkpoints(cli, place):
 
 def test_eval_and_gate_against_a_stored_baseline(cli, place, texts, tmp_path):
     _, valid = texts
-    text = ["--data", valid, "--separator", "<|doc|>", "--window", "32", "--max-documents", "8", "--quiet"]
+    text = ["--data", valid, "--separator", "<|doc|>", "--window", "32", "--max-documents", "30", "--quiet"]
     baseline = cli("eval", place / "model", *text, "--json")
     assert baseline.status == 0, baseline.err
     (tmp_path / "baseline.json").write_text(baseline.out)
@@ -246,13 +246,13 @@ def test_eval_and_gate_against_a_stored_baseline(cli, place, texts, tmp_path):
         report["original"]["evaluation"]["bits_per_byte"], rel=1e-9
     )
     paired = cli("eval", place / "small", "--baseline", tmp_path / "baseline.json", "--quiet", "--json").json
-    assert paired["paired"]["units"] == 8
+    assert paired["paired"]["units"] == 30
     assert paired["evaluation"]["bits_per_byte"] == pytest.approx(
         report["result"]["evaluation"]["bits_per_byte"], rel=1e-9
     )
     shown = cli("eval", place / "small", "--baseline", tmp_path / "baseline.json", "--quiet")
     assert "bits per byte" in shown.out
-    assert "8 documents" in shown.out
+    assert "30 documents" in shown.out
     p = paired["paired"]["bits_per_byte"]
     for bound, status in ((p["upper"] + 0.001, 0), (p["lower"] - 0.001, 1), (p["increase"], 3)):
         gate = f"bits_per_byte.max_increase={100 * bound:.6f}%"
