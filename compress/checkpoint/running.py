@@ -6,6 +6,7 @@ from collections import Counter
 from typing import Any
 
 from compress.architectures.model_map import model_map
+from compress.checkpoint.storage.compressed_tensors.servers import servers_note
 from compress.spec.formats import FIXED_GROUPS
 from compress.spec.spec import Spec, Tensor
 
@@ -54,7 +55,7 @@ def loading_notes(spec: Spec) -> list[str]:
     """Notes on what stock transformers needs to load the checkpoint, beside torch."""
     if spec.structure.compact:
         return ["its own modelling file decodes it: load it with trust_remote_code=True"]
-    notes = [note] if (note := expert_note(spec)) is not None else []
+    notes = [note for note in (expert_note(spec), servers_note(spec)) if note is not None]
     notes += [f"transformers needs a package to load its codes: {INSTALL}"] if codes(spec) else []
     if narrow := narrow_codes(spec):
         notes.append(f'transformers computes with {" and ".join(narrow)} in bfloat16 alone: load it with dtype="auto"')

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from compress import passes
 from compress.architectures.model_map import model_map
+from compress.checkpoint.storage.compressed_tensors.servers import SERVERS, refusals
 from compress.checkpoint.store import Store
 from compress.errors import CompressError
 from compress.evaluation.tasks import is_seq2seq, task_of
@@ -25,9 +26,10 @@ _TABLES, _FLOATS, _STORES = 0.3, 0.5, 0.15
 
 
 def hints(recipe: Recipe, plan: Plan) -> list[str]:
-    """A sentence for each thing that a recipe could do better: tables, 32-bit floats, groups, the store, evaluation, gates."""
+    """A sentence for each thing that a recipe could do better: tables, floats, groups, store, servers, evaluation, gates."""
     tables = list(_tables(recipe, plan))
-    return [*tables, *([] if tables else _floats(plan)), *_groups(plan), *_stores(plan), *_measured(recipe, plan)]
+    others = [*_groups(plan), *_stores(plan), *_servers(plan), *_measured(recipe, plan)]
+    return [*tables, *([] if tables else _floats(plan)), *others]
 
 
 def _last(plan: Plan) -> PlannedPass:
@@ -117,6 +119,15 @@ def _stores(plan: Plan) -> Iterator[str]:
         yield f"`store: compact` leaves {format_bytes(other)}; its result brings its own modelling file"
     if plan.store == "compact" and other <= ours:
         yield "`store: stock` takes no more bytes, and every loader reads it"
+
+
+def _servers(plan: Plan) -> Iterator[str]:
+    """Servers that do not open the result, if it has codes that stock loaders read."""
+    last = _last(plan)
+    if plan.store == "stock" and any(tensor.quant_format is not None for tensor in last.spec.stored()):
+        for server in SERVERS:
+            if reasons := refusals(last.spec, server):
+                yield f"{server.name} does not open the result: {'; '.join(reasons)}"
 
 
 def _measured(recipe: Recipe, plan: Plan) -> Iterator[str]:
