@@ -6,6 +6,7 @@ Sizes take units (``500MB``); N:M sparsity is written ``2:4``.
 
 from __future__ import annotations
 
+import json
 import math
 import re
 from collections.abc import Iterable, Mapping
@@ -194,6 +195,15 @@ def percentage(value: Any) -> Any:
     text = f"{100 * value:.10g}%"
     match = _PERCENT.match(text)
     return text if match is not None and float(match[1]) / 100 == value else value
+
+
+def as_written(value: Any) -> str:
+    """A JSON value as a recipe has it in one line: ``{lm_head: int8}``, ``[1, 2]``, words bare."""
+    if isinstance(value, Mapping):
+        return f"{{{', '.join(f'{key}: {as_written(each)}' for key, each in value.items())}}}"
+    if isinstance(value, (list, tuple)):
+        return f"[{', '.join(map(as_written, value))}]"
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
 
 
 class Increase(Settings):

@@ -87,6 +87,10 @@ def fail(text: str, status: int) -> int:
         sys.stdout.flush()
     text = printable(text)
     with contextlib.suppress(OSError, ValueError):
+        if "\n" in text:
+            from compress.cli.colour import shows_colour, styled_mistakes
+
+            text = styled_mistakes(text) if shows_colour(sys.stderr) else text
         print(f"compress: {text}" if "\n" not in text else text, file=sys.stderr, flush=True)
     return status
 

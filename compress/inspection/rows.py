@@ -154,7 +154,7 @@ def _changed_cells(rows: Sequence[Mapping[str, Any]]) -> tuple[str, ...]:
 
 
 def _signed(kind: str, size: int) -> str:
-    return f"{'−' if kind == 'removed' else '+'}{format_bytes(size)}"
+    return f"{'-' if kind == 'removed' else '+'}{format_bytes(size)}"
 
 
 def _span(rows: Sequence[Mapping[str, Any]], key: str, form: str) -> str:

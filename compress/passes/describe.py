@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import json
 from typing import Any, get_args
 
 from pydantic import BaseModel
@@ -12,6 +11,7 @@ from pydantic_core import to_jsonable_python
 
 from compress import passes
 from compress.passes.effort import USUAL
+from compress.settings import as_written
 
 #: Settings that many passes have.
 _USUAL = frozenset({"only", "skip", "allow_noop"})
@@ -92,7 +92,7 @@ def _setting(key: str, field: FieldInfo, schema: dict[str, Any], usual: Any) -> 
 def _type(entry: dict[str, Any], definitions: dict[str, Any]) -> str:
     """A JSON schema type in words: ``50% or 0.5``, ``bf16 | fp16``, ``list of text``."""
     if "examples" in entry:
-        return "such as " + " or ".join(e if isinstance(e, str) else json.dumps(e) for e in entry["examples"])
+        return "such as " + " or ".join(map(as_written, entry["examples"]))
     if "enum" in entry:
         return " | ".join(str(v) for v in entry["enum"])
     if "const" in entry:

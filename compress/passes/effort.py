@@ -6,7 +6,6 @@ So an effort sets nothing that a recipe cannot, and settings hold the resolved v
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping
 from copy import deepcopy
 from typing import Annotated, Any, Literal, TypeAlias, get_args
@@ -14,6 +13,8 @@ from typing import Annotated, Any, Literal, TypeAlias, get_args
 from pydantic import BaseModel, Field, TypeAdapter
 from pydantic.fields import FieldInfo
 from pydantic_core import to_jsonable_python
+
+from compress.settings import as_written
 
 Effort: TypeAlias = Literal["fast", "balanced", "best"]
 EFFORTS: tuple[Effort, ...] = get_args(Effort)
@@ -52,7 +53,7 @@ class EffortDefaults:
     def shown(self, effort: Effort, leave: frozenset[str] | set[str] = frozenset()) -> str:
         """Return what an effort sets, as in a recipe, without the keys to ``leave``."""
         values = {k: to_jsonable_python(v) for k, v in self.table[effort].items() if k not in leave}
-        return ", ".join(f"`{k}: {v if isinstance(v, str) else json.dumps(v)}`" for k, v in values.items())
+        return ", ".join(f"`{k}: {as_written(v)}`" for k, v in values.items())
 
     def check(self, model: type[BaseModel]) -> None:
         """Check the table against its settings class, when that is imported.

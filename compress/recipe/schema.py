@@ -15,7 +15,7 @@ from compress.recipe.metric_entries import SETTINGS
 from compress.recipe.model import Recipe
 
 DIALECT = "https://json-schema.org/draft/2020-12/schema"
-ID = "https://compress.invalid/recipe.schema.json"
+ID = "urn:compress-toolkit:recipe"
 
 
 def recipe_schema() -> dict[str, Any]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -11,6 +10,7 @@ from compress.evaluation import metrics
 from compress.evaluation.metrics.base import Metric
 from compress.formatting import fixed, format_bytes, ratio, ratio_of, seconds_text, signed, signed_percent, significant
 from compress.report.brief_recipe import changed
+from compress.settings import as_written
 
 
 @dataclass(frozen=True, slots=True)
@@ -251,16 +251,7 @@ def losses_file(report: Mapping[str, Any], row: Mapping[str, Any]) -> str:
 
 def changed_settings(name: str, settings: Mapping[str, Any]) -> str:
     """Settings that differ from the defaults of the pass, as ``layers: 1, …``."""
-    return ", ".join(f"{key}: {_written(value)}" for key, value in changed(name, settings).items())
-
-
-def _written(value: Any) -> str:
-    """A value as a recipe has it in one line."""
-    if isinstance(value, Mapping):
-        return f"{{{', '.join(f'{key}: {_written(each)}' for key, each in value.items())}}}"
-    if isinstance(value, list):
-        return f"[{', '.join(map(_written, value))}]"
-    return value if isinstance(value, str) else json.dumps(value)
+    return ", ".join(f"{key}: {as_written(value)}" for key, value in changed(name, settings).items())
 
 
 def bar(step: Step, width: int) -> str:
@@ -275,7 +266,7 @@ def bar(step: Step, width: int) -> str:
 
 def signed_bytes(saved: int) -> str:
     """Saved bytes with a minus sign, added ones with a plus."""
-    return "" if saved == 0 else f"{'−' if saved > 0 else '+'}{format_bytes(abs(saved))}"
+    return "" if saved == 0 else f"{'-' if saved > 0 else '+'}{format_bytes(abs(saved))}"
 
 
 def quality_note(report: Mapping[str, Any]) -> str | None:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import io
+import re
 
 import pytest
 
@@ -66,3 +67,18 @@ def test_line_breaks_between_words_in_a_terminal_alone(monkeypatch):
     monkeypatch.setenv("COLUMNS", "20")
     print_line(Console(stream), "one two three four five six")
     assert stream.getvalue() == "one two three four\nfive six\n"
+
+
+def test_mistakes_are_coloured_where_colours_are_shown(capsys, monkeypatch):
+    from compress.cli.guard import fail
+
+    text = "a.yaml:4:36: sparsity: expected, got 50\n    4 |   - {sparsity: 50}\n      |               ^^\n   did you mean `50%`?"
+    monkeypatch.delenv("FORCE_COLOR", raising=False)
+    fail(text, 2)
+    assert capsys.readouterr().err == text + "\n"
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    fail(text, 2)
+    coloured = capsys.readouterr().err
+    assert coloured.startswith("\x1b[1ma.yaml:4:36:\x1b[0m sparsity")
+    assert "              \x1b[1;31m^^\x1b[0m\n" in coloured
+    assert re.sub(r"\x1b\[[\d;]*m", "", coloured) == text + "\n"

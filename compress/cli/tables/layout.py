@@ -11,6 +11,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import IO, Any
 
+from compress.cli.colour import shows_colour, styled
 from compress.escape import printable
 from compress.tabular import Column, TextTable
 
@@ -23,7 +24,6 @@ STYLES = {
     "failed": "bold red",
     "no gates": "dim",
 }
-_CODES = {"bold": "1", "dim": "2", "red": "31", "green": "32", "yellow": "33"}
 #: Blanks between two columns, and the fewest where they do not fit; characters to which a column of sentences shrinks.
 _GAP, _NARROW_GAP, _LEAST = 3, 2, 24
 #: Before the columns that stand below the first one.
@@ -49,9 +49,7 @@ class Console:
         terminal = stream.isatty()
         asked = os.environ.get("COLUMNS", "").isdecimal()
         self.width = shutil.get_terminal_size().columns if terminal or asked else sys.maxsize
-        self.colour = (terminal and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb") or bool(
-            os.environ.get("FORCE_COLOR")
-        )
+        self.colour = shows_colour(stream)
         self._blank = False
 
     def write(self, line: str) -> None:
@@ -63,8 +61,7 @@ class Console:
 
     def styled(self, text: str, style: str) -> str:
         """Text in a style, where the stream shows colours."""
-        codes = ";".join(_CODES[word] for word in style.split())
-        return f"\x1b[{codes}m{text}\x1b[0m" if codes and self.colour and text else text
+        return styled(text, style) if self.colour else text
 
 
 def make_console() -> Console:

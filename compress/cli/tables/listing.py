@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -24,6 +23,8 @@ def print_passes(rows: Sequence[Mapping[str, Any]]) -> None:
 
 def print_pass(data: Mapping[str, Any]) -> None:
     """Print one pass: what it does, a sample, every setting."""
+    from compress.settings import as_written
+
     console = make_console()
     print_line(console, data["name"], "bold")
     print_line(console, f"{data['summary']} {data['details']}".strip())
@@ -37,14 +38,10 @@ def print_pass(data: Mapping[str, Any]) -> None:
             print_line(console, f"  {line}", whole=True)
     print_line(console, "\nsettings", "bold")
     for setting in data["settings"]:
-        default = "required" if setting["required"] else f"default {_written(setting['default'])}"
+        usual = "none" if setting["default"] is None else as_written(setting["default"])
+        default = "required" if setting["required"] else f"default {usual}"
         print_line(console, f"  {setting['name']}: {setting['type']}; {default}")
         print_line(console, f"      {setting['description']}", "dim")
-
-
-def _written(value: Any) -> str:
-    """A default as a recipe has it: words bare, ``none`` where nothing is set."""
-    return "none" if value is None else value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
 
 
 def print_runs(runs: Sequence[Mapping[str, Any]]) -> None:
