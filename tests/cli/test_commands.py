@@ -356,6 +356,8 @@ def test_unpack_writes_a_dense_checkpoint(cli, place, tmp_path):
     config = json.loads((tmp_path / "dense/config.json").read_text())
     assert config["model_type"] == "llama"
     assert "auto_map" not in config
+    done = cli("unpack", tmp_path / "dense", tmp_path / "again", "--quiet")
+    assert done.out == f"wrote {tmp_path / 'again'}, with the same tensors: they were dense already\n"
 
 
 def test_runs_and_clean_list_and_remove(cli, place, tmp_path):

@@ -52,9 +52,14 @@ def diff(a: str, b: str, *, values: bool, tensors: bool, code: Code, json: bool)
 def unpack(checkpoint: str, output: Path, *, max_shard_size: str, code: Code, quiet: bool) -> None:
     """``compress unpack``."""
     from compress import api
+    from compress.checkpoint.open import open_headers
+    from compress.checkpoint.running import codes
+    from compress.checkpoint.store import needs_code
 
     with progress(quiet) as shown:
         written = api.unpack(
             code.place(checkpoint), output, max_shard_size=max_shard_size, progress=shown, **code.options()
         )
-    say(f"wrote {written}")
+    spec, _ = open_headers(code.place(checkpoint), **code.options())
+    dense = not (needs_code(spec) or codes(spec) or spec.sources)
+    say(f"wrote {written}" + (", with the same tensors: they were dense already" if dense else ""))
