@@ -27,7 +27,6 @@ def real(path):
 #: Run on a pico model in `make test`: one recipe of each kind of pass.
 FAST = (
     "cast_int4",
-    "prune_unstructured",
     "prune_distill_cast",
     "local_attention",
 )

@@ -159,6 +159,7 @@ def test_scales_of_all_experts_are_refused_where_each_is_solved_alone(models, tm
         cast.plan(spec, cast.settings(weights="nvfp4", only=["*.mlp.experts"]))
 
 
+@pytest.mark.slow
 def test_experts_of_a_class_that_reads_both_ways_are_pruned_alike(tmp_path):
     """Qwen3-VL-MoE turns tensors of experts that have the other shape: published files are [E, I, O], those it writes are not."""
     model = pico_model(transformers.Qwen3VLMoeForConditionalGeneration, shrunken(default_config("qwen3_vl_moe")))

@@ -87,6 +87,7 @@ def test_a_block_that_is_left_out_is_not_taken_for_the_least_important(tmp_path)
         compress.apply("prune_structured", tmp_path / "in", tmp_path / "out", data=data, layers=1)
 
 
+@pytest.mark.slow
 def test_a_model_inside_without_sdpa_has_eager_attention(tmp_path):
     """The text blocks of a model whose tower of sounds has no fused attention run block by block."""
     config = shrunken(default_config("vibevoice_asr"))

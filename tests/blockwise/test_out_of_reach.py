@@ -49,6 +49,7 @@ def test_joined_matrices_are_pruned_by_magnitude_and_the_rest_by_calibration(lar
     assert torch.equal(stock_logits(tmp_path / "out", tmp_path), our_logits(tmp_path / "out"))
 
 
+@pytest.mark.slow
 def test_experts_of_two_numbers_are_pruned_by_magnitude(tmp_path):
     """LongCat has experts that hand on their inputs: their gates and ups have weights, which nothing reads."""
     model = tmp_path / "model"

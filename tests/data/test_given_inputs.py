@@ -56,6 +56,7 @@ def test_inputs_by_name_calibrate_as_ids_do(pico_llama, tmp_path):
         compress.apply("prune_unstructured", pico_llama, tmp_path / "x", data={"input_ids": IDS}, length=4, **SPARSE)
 
 
+@pytest.mark.slow
 def test_images_and_texts_calibrate_together(tmp_path):
     """A captioner, whose decoder reads what its vision model makes of the image: text alone is refused."""
     model = pico_model(transformers.BlipForConditionalGeneration, shrunken(default_config("blip")))

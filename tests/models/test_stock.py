@@ -188,7 +188,7 @@ def _no_pooler(state):
 @pytest.mark.parametrize(
     ("family", "class_name", "change", "blocks"),
     [
-        ("bloom", "BloomForCausalLM", _flat, "h"),
+        pytest.param("bloom", "BloomForCausalLM", _flat, "h", marks=pytest.mark.slow),
         ("bert", "BertModel", _no_pooler, "encoder.layer"),
     ],
 )

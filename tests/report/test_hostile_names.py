@@ -20,7 +20,7 @@ def card(report, original=None, **changes):
 
 
 FRONTS = [
-    "tags: [{a: b}]", "tags: [[x], 3, null, good]", "[" * 1500, "tags: " + "[" * 1500, "a: !!python/object/apply:os.system [ls]", "&a [*a]", "x: &a [*a]", "x: 2020-01-01", "1: 2",
+    "tags: [{a: b}]", "tags: [[x], 3, null, good]", "[" * 600, "tags: " + "[" * 1500, "a: !!python/object/apply:os.system [ls]", "&a [*a]", "x: &a [*a]", "x: 2020-01-01", "1: 2",
     "[1]: 2", "? {a: b}\n: c", "x: !!binary aGk=", "x: !!set {a, b}", 'x: "\\uD800"', "x: 1e400", "<<: 3", "x: .nan", "tags: 3", "null: null", "x: !!omap [a: 1]", "x: 12:30:45", "\ttab: 1",
     "y" * 200_000, "a: &a [x,x]\nb: &b [*a,*a]\nc: [*b,*b]",
 ]  # fmt: skip

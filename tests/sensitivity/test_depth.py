@@ -118,6 +118,7 @@ def test_race_ends_with_the_choice_of_all_samples(tmp_path):
     assert quick.steps[0][2].loss == pytest.approx(exact, rel=0.3)
 
 
+@pytest.mark.slow
 def test_a_contiguous_group_goes_where_its_blocks_undo_each_other(tmp_path):
     """Blocks 1 and 2 add a vector and take it away: neither can go alone, and both together cost nothing."""
     folder = damped(tmp_path / "in", {1: 0.0, 2: 0.0})

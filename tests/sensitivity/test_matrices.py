@@ -15,7 +15,7 @@ from compress.spec.formats import QuantFormat
 from tests import pico
 
 
-@pytest.mark.parametrize("family", ["llama", "mixtral"])
+@pytest.mark.parametrize("family", ["llama", pytest.param("mixtral", marks=pytest.mark.slow)])
 def test_divergences_match_the_model(family, folders, data):
     """Half the expected squared directional derivative is the KL divergence to second order: of a fine format, exactly."""
     from compress.progress import SilentProgress

@@ -59,6 +59,7 @@ def test_distill_trains_a_copied_head_with_its_embedding(tmp_path):
             assert torch.equal(file.get_tensor(name), inputs)
 
 
+@pytest.mark.slow
 def test_distill_ignores_buffers_of_older_versions(tmp_path, pico_llama):
     rotary = {f"model.layers.{i}.self_attn.rotary_emb.inv_freq": torch.arange(4.0) + i for i in range(4)}
     old = with_tensors(pico_llama, tmp_path / "old", rotary)

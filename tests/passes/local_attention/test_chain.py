@@ -47,6 +47,7 @@ def test_distill_and_cast_follow_a_conversion(texts, tmp_path):
     assert "| 1 | 8 | 0." in text
 
 
+@pytest.mark.slow
 def test_biases_of_a_target_go_where_factors_have_theirs(data, tmp_path):
     """Of two factors the second one has the bias, which Qwen2 asks for and Llama lacks."""
     settings = {"rank": 4, "allocation": "uniform", "reconstruction_epochs": 0}
