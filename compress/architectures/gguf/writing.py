@@ -246,8 +246,8 @@ def _qwen(fields: _Config, metadata: Values, factors: dict[str, list[float]]) ->
     return _window(fields)
 
 
-def _experts(fields: _Config, metadata: Values, count: str, width: str) -> None:
-    metadata["expert_count"] = fields.count(count)
+def _experts(fields: _Config, metadata: Values, width: str) -> None:
+    metadata["expert_count"] = fields.count("num_experts", "num_local_experts")
     metadata["expert_used_count"] = fields.count("num_experts_per_tok")
     metadata["feed_forward_length"] = fields.count("intermediate_size")
     if width:
@@ -258,12 +258,12 @@ def _qwen3_moe(fields: _Config, metadata: Values, factors: dict[str, list[float]
     fields.require("norm_topk_prob", True)
     fields.require("mlp_only_layers", [])
     fields.require("decoder_sparse_step", 1)
-    _experts(fields, metadata, "num_experts", "moe_intermediate_size")
+    _experts(fields, metadata, "moe_intermediate_size")
     return _qwen(fields, metadata, factors)
 
 
 def _mixtral(fields: _Config, metadata: Values, factors: dict[str, list[float]]) -> tuple[str, ...]:
-    _experts(fields, metadata, "num_local_experts", "")
+    _experts(fields, metadata, "")
     return _llama(fields, metadata, factors)
 
 

@@ -27,7 +27,7 @@ class GgufSettings(Settings):
         default=None,
         description="Round the matrices of blocks to this type, such as Q4_K. By default they are kept as they are.",
     )
-    embeddings: Annotated[Literal["auto", "keep", "Q8_0", "Q6_K", "Q5_0", "Q4_0", "Q4_K"], BeforeValidator(_upper)] = (
+    embeddings: Annotated[Literal["auto", "keep", "F32", "F16", "BF16", "Q8_0", "Q6_K", "Q5_0", "Q4_0", "Q4_K"], BeforeValidator(_upper)] = (
         Field(
             default="auto",
             description="Type of float tables of embeddings and of the head, such as Q8_0. `keep`: as they are. `auto`: Q8_0 "
