@@ -18,6 +18,7 @@ from compress.files import disk_errors, remove_leftovers
 from compress.passes.distill.plan import unhelped
 from compress.pipeline.closing import close, published_report
 from compress.pipeline.evaluations import Evaluations
+from compress.pipeline.exports import check_exports, planned_exports, write_exports
 from compress.pipeline.fingerprint import versions
 from compress.pipeline.machine import machine, resolve_device
 from compress.pipeline.publish import recover
@@ -68,6 +69,7 @@ def _run(run: Run, publish_anyway: bool, recipe_path: str | None) -> RunResult:
     """The whole run, in the first process."""
     started, clock = datetime.datetime.now(datetime.UTC), time.perf_counter()
     run.prepare()
+    check_exports(run)
     with disk_errors(run.folder.path, "cannot be used"), run.folder.locked():
         recover(run.output)
         remove_leftovers(run.output)
@@ -75,6 +77,7 @@ def _run(run: Run, publish_anyway: bool, recipe_path: str | None) -> RunResult:
         if not run.fresh and (done := published_report(run, identity)) is not None:
             with contextlib.suppress(Exception):  # a summary is no reason to lose a finished run
                 append_step_summary(done)
+            write_exports(run)
             return RunResult(run.output, RunReport(done), done["status"], done["exit_status"], True, nothing_to_do=True)
         rows = run_stages(run)
         evaluations = Evaluations(run.recipe, run.data, run.folder, run.device, run.progress, run.fresh)
@@ -102,6 +105,7 @@ def _run(run: Run, publish_anyway: bool, recipe_path: str | None) -> RunResult:
                 "stages": rows,
                 "result": verdict.result,
                 "gates": verdict.gates,
+                "exports": planned_exports(run, Path(rows[-1]["folder"])) if published else [],
                 "notes": [
                     *run.notes,
                     *verdict.notes,
@@ -112,6 +116,8 @@ def _run(run: Run, publish_anyway: bool, recipe_path: str | None) -> RunResult:
         )
         close(run, report, identity)
         track(run.recipe, report, run.progress)
+        if published:
+            write_exports(run)
     checkpoint = run.output if published else Path(rows[-1]["folder"])
     return RunResult(checkpoint, report, verdict.status, verdict.exit_status, published)
 

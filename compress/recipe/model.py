@@ -14,6 +14,7 @@ from compress.evaluation.tasks import Task
 from compress.passes.base import InputMultiple
 from compress.recipe.data import Data, Text
 from compress.recipe.entries import PassEntry, RecipeEntry
+from compress.recipe.export_entries import RecipeExports
 from compress.recipe.gates import METRICS, Gates, metric_of
 from compress.recipe.log import Log
 from compress.recipe.metric_entries import SETTINGS, RecipeMetrics, parse_metric
@@ -110,6 +111,11 @@ class Recipe(Settings):
     )
     gates: Gates = Field(default=Gates(), description="Bounds that the result must keep to be published.")
     log: Log = Field(default=Log(), description="Trackers that get the figures of the finished run.")
+    export: RecipeExports = Field(
+        default=(),
+        description="Files of other runtimes to write once the output is published, beside it: `gguf` writes `<output>.gguf`. "
+        "Each as a name or as `name: {settings}`.",
+    )
     confidence: float = Field(default=0.95, gt=0.5, lt=1, description="Confidence of gates on metrics of text.")
     bootstrap: int = Field(default=10_000, ge=100, description="Resamples for confidence intervals.")
 

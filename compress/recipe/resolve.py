@@ -44,6 +44,7 @@ def resolved(recipe: Recipe) -> dict[str, Any]:
     values["gates"] = {name: _gate(gate) for name, gate in values["gates"].items()}
     if recipe.evaluate is not None:
         values["evaluate"] = [e.name if e.plain else {e.name: plain_settings(e.settings)} for e in recipe.evaluate]
+    values["export"] = [e.name if e.plain else {e.name: plain_settings(e.settings)} for e in recipe.export]
     values["passes"] = [{entry.name: plain_settings(entry.settings)} for entry in recipe.passes]
     return values
 

@@ -9,7 +9,7 @@ from typing import Any
 from pydantic import BaseModel, ValidationError
 from pydantic.json_schema import models_json_schema
 
-from compress import passes
+from compress import exports, passes
 from compress.data.default_text import DEFAULT
 from compress.recipe.metric_entries import SETTINGS
 from compress.recipe.model import Recipe
@@ -21,7 +21,8 @@ ID = "urn:compress-toolkit:recipe"
 def recipe_schema() -> dict[str, Any]:
     """JSON schema (draft 2020-12) of a recipe, with the settings of every pass that is installed."""
     settings: dict[str, type[BaseModel]] = {name: passes.get(name).settings for name in passes.names()}
-    models: list[type[BaseModel]] = [Recipe, *dict.fromkeys([*settings.values(), *SETTINGS.values()])]
+    targets = [exports.get(name).settings for name in exports.TARGETS]
+    models: list[type[BaseModel]] = [Recipe, *dict.fromkeys([*settings.values(), *SETTINGS.values(), *targets])]
     of_model, rest = models_json_schema([(model, "validation") for model in models])
     definitions: dict[str, Any] = rest["$defs"]
     recipe = definitions.pop(of_model[(Recipe, "validation")]["$ref"].removeprefix("#/$defs/"))
@@ -58,6 +59,7 @@ def recipe_schema() -> dict[str, Any]:
             ),
         ]
     }
+    properties["export"]["items"] = {"oneOf": [_target(name, of_model) for name in exports.TARGETS]}
     for gate in [name for name in definitions if name.endswith("Gate")]:
         definitions[gate]["minProperties"] = 1
     return {
@@ -86,12 +88,22 @@ def _referenced(definitions: dict[str, Any], root: Any) -> dict[str, Any]:
 
 def _entry(name: str, model: type[BaseModel], reference: dict[str, Any]) -> dict[str, Any]:
     """The schema of ``{name: settings}``. If every setting has a default, also of the bare name and of an empty value."""
-    summary = passes.get(name).summary
     try:
         model()
         bare = True
     except ValidationError:
         bare = False
+    return _alternatives(name, passes.get(name).summary, reference, bare=bare)
+
+
+def _target(name: str, of_model: Any) -> dict[str, Any]:
+    """The schema of an export."""
+    target = exports.get(name)
+    return _alternatives(name, target.summary, of_model[(target.settings, "validation")], bare=True)
+
+
+def _alternatives(name: str, summary: str, reference: dict[str, Any], *, bare: bool) -> dict[str, Any]:
+    """The schema of ``{name: settings}``; ``bare``: also of the bare name and of an empty value."""
     settings = {"anyOf": [reference, {"type": "null"}]} if bare else reference
     entry = {
         "type": "object",

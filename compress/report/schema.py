@@ -337,6 +337,14 @@ class DataUsed(Part):
     calibration: CalibrationData | None
 
 
+class ExportedFile(Part):
+    """A file or folder of another runtime."""
+
+    target: str
+    path: str
+    bytes: Count
+
+
 class Report(Part):
     """A run: its recipe, stages, measurements and gates."""
 
@@ -356,4 +364,5 @@ class Report(Part):
     stages: list[Stage] = Field(min_length=1)
     result: Result
     gates: list[GateRow]
+    exports: list[ExportedFile] = Field(default=[], description="Files of other runtimes beside the output.")
     notes: list[str]

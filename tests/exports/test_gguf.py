@@ -115,3 +115,24 @@ def test_what_gguf_has_not_is_refused_before_writing(tmp_path):
     with pytest.raises(CompressError, match="models of the type `bert` are not written as GGUF; it writes gemma2,"):
         compress.export(pico.folder("bert"), tmp_path / "out.gguf", to="gguf")
     assert not list(tmp_path.glob("*out*"))
+
+
+@pytest.mark.slow
+def test_recipes_write_exports_beside_the_output_and_again_where_they_are_gone(tmp_path):
+    source = saved(tmp_path / "source")
+    passes = [{"cast": {"weights": "int4", "method": "rtn"}}]
+    recipe = {"model": str(source), "output": str(tmp_path / "small"), "passes": passes, "export": ["gguf"]}
+    file = tmp_path / "small.gguf"
+    report = compress.run(recipe).report
+    assert report["exports"] == [{"target": "gguf", "path": str(file), "bytes": file.stat().st_size}]
+    first = file.read_bytes()
+    file.unlink()
+    assert compress.run(recipe).nothing_to_do
+    assert file.read_bytes() == first
+    recipe["export"] = [{"gguf": {"embeddings": "keep"}}]
+    assert compress.run(recipe).report["exports"][0]["bytes"] > len(first)
+    file.write_bytes(b"mine")
+    with pytest.raises(CompressError, match="exists and is not of this run; move it away"):
+        compress.run({**recipe, "seed": 1})
+    with pytest.raises(CompressError, match="unknown target `ggml`"):
+        compress.check({**recipe, "export": ["ggml"]})

@@ -27,8 +27,8 @@ PACKAGE, VERSION = "@node-llama-cpp/linux-x64", "3.22.1"
 HOME = Path(__file__).resolve().parents[2] / "build" / "runtimes" / "llama.cpp"
 #: Names of whole files' types ▶ their number (``llama_ftype``).
 TYPES = {
-    "F16": 1, "Q4_0": 2, "Q8_0": 7, "Q2_K": 10, "Q3_K_M": 12, "Q4_K_S": 14, "Q4_K_M": 15, "Q5_K_S": 16, "Q5_K_M": 17, "Q6_K": 18,
-    "IQ4_NL": 25, "IQ4_XS": 30, "BF16": 32,
+    "F16": 1, "Q4_0": 2, "Q8_0": 7, "Q2_K": 10, "Q3_K_M": 12, "Q4_K_S": 14, "Q4_K_M": 15, "Q5_K_S": 16, "Q5_K_M": 17,
+    "Q6_K": 18, "IQ4_NL": 25, "IQ4_XS": 30, "BF16": 32,
 }  # fmt: skip
 _INT, _POINTER, _TEXT, _BYTES = C.c_int32, C.c_void_p, C.c_char_p, C.c_size_t
 
@@ -173,7 +173,7 @@ class Model:
         return np.stack(result)
 
     def tokens(self, text: str, *, special: bool = False) -> list[int]:
-        """Ids of a text; ``special``: with the tokens that the file puts around it. Texts of special tokens are read as such."""
+        """Ids of a text; ``special``: with the tokens that the file puts around it. Their texts are read as such."""
         data = text.encode()
         buffer = (_INT * (len(data) + 16))()
         count = self.lib.tokenize(self.vocab, data, len(data), buffer, len(buffer), special, True)

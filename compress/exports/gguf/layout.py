@@ -135,7 +135,6 @@ def gguf_file(spec: Spec, folder: Path, settings: GgufSettings) -> GgufFile:
     kinds = [t.chosen.type for t in tensors if t.name.startswith("blk.") and len(t.shape) > 1 and not t.place.wide]
     most = max(set(kinds), key=kinds.count)
     metadata = {
-        "general.name": folder.name,
         "general.file_type": _FILE_TYPES.get(most, 0),
         "general.quantization_version": 2,
         **tokenizer_metadata(folder, int(spec.structure.config["vocab_size"])),

@@ -18,6 +18,7 @@ RoundedType = Literal[
     "F32", "F16", "BF16", "Q8_0", "Q5_1", "Q5_0", "Q4_1", "Q4_0", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "IQ4_XS", "IQ4_NL",
     "IQ3_S", "IQ3_XXS", "IQ2_S", "IQ2_XS", "IQ2_XXS", "IQ1_M", "IQ1_S",
 ]  # fmt: skip
+TableType = Literal["auto", "keep", "F32", "F16", "BF16", "Q8_0", "Q6_K", "Q5_0", "Q4_0", "Q4_K"]
 
 
 class GgufSettings(Settings):
@@ -27,12 +28,10 @@ class GgufSettings(Settings):
         default=None,
         description="Round the matrices of blocks to this type, such as Q4_K. By default they are kept as they are.",
     )
-    embeddings: Annotated[Literal["auto", "keep", "F32", "F16", "BF16", "Q8_0", "Q6_K", "Q5_0", "Q4_0", "Q4_K"], BeforeValidator(_upper)] = (
-        Field(
-            default="auto",
-            description="Type of float tables of embeddings and of the head, such as Q8_0. `keep`: as they are. `auto`: Q8_0 "
-            "where the matrices of blocks are quantised, else `keep`.",
-        )
+    embeddings: Annotated[TableType, BeforeValidator(_upper)] = Field(
+        default="auto",
+        description="Type of float tables of embeddings and of the head, such as Q8_0. `keep`: as they are. `auto`: Q8_0 "
+        "where the matrices of blocks are quantised, else `keep`.",
     )
     imatrix: str | None = Field(
         default=None,
