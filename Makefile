@@ -7,7 +7,7 @@ BIN    := $(VENV)/bin
 WORKERS ?= 2
 STAMP  := $(VENV)/.ready
 
-.PHONY: wheel setup quickstart test test-unit test-browser test-all check check-types check-rest bench bench-start bench-prune bench-distill bench-recover bench-share bench-structured bench-depth bench-minutes bench-cast bench-effort bench-versus bench-peers bench-scale bench-memory bench-gpu bench-rounded bench-attention families same-bytes docs clean
+.PHONY: wheel setup quickstart test test-unit test-browser test-all check check-types check-rest bench bench-start bench-prune bench-distill bench-recover bench-share bench-structured bench-depth bench-minutes bench-cast bench-effort bench-versus bench-peers bench-scale bench-memory bench-gpu bench-gguf bench-rounded bench-attention families same-bytes docs clean
 
 setup: $(STAMP)
 
@@ -128,6 +128,10 @@ bench-gpu: $(STAMP)
 
 bench-memory: $(STAMP)
 	$(BIN)/python benchmarks/memory.py $(ARGS)
+
+# in llama.cpp, whose library npm fetches once; ARGS= such as --speed 64
+bench-gguf: $(STAMP)
+	$(BIN)/python benchmarks/llama_cpp.py $(if $(MODEL),--model $(MODEL)) $(if $(TRAIN),--train $(TRAIN)) $(if $(HELDOUT),--heldout $(HELDOUT)) $(ARGS)
 
 # ARGS= such as --jobs kernels
 bench-attention: $(STAMP)
