@@ -207,11 +207,11 @@ def _measured(
             differing += 1
             continue
         statistics.add(x_now)
-        with tensor_cores(x_now):
+        with tensor_cores(x_now, tiles=True):
             mismatch.inputs += (x_then - x_now).T @ x_now
         if residual is not None and earlier is not None:
             residual_then = counted(_residual(block, block.originals, rows, earlier, outputs_then), masks)
-            with tensor_cores(x_now):
+            with tensor_cores(x_now, tiles=True):
                 for total in mismatch.residual.values():
                     total += (residual_then - residual).T @ x_now
     if block.view.processes.reduce_sum(differing)[0]:

@@ -23,6 +23,8 @@ from compress.blockwise.streamed import StopForward
 _STRIP, _WIDE, _WIDE_STRIP = 128, 768, 256
 #: Tokens that float64 sums wait for: the float32 products in between are exact enough, and adding them takes time.
 _TOKENS_PER_SUM = 4096
+#: Width from which on products with AMX take a third of the time.
+_TILES_PAY = 256
 
 
 @dataclass
@@ -112,17 +114,21 @@ def _strips(width: int) -> list[tuple[int, int]]:
 
 
 @contextmanager
-def tensor_cores(x: torch.Tensor) -> Iterator[None]:
-    """Within, products of float32 matrices where ``x`` is are of values rounded to TF32, if that is a GPU; sums are float32.
+def tensor_cores(x: torch.Tensor, *, tiles: bool = False) -> Iterator[None]:
+    """Within, products of float32 matrices round ``x`` where that is faster; sums are float32.
 
-    TF32 has 10 bits of mantissa: bfloat16 values are exact in it, and what it adds to statistics of float32 values is far
-    below their damping.
+    On a GPU to TF32. It has 10 bits of mantissa: bfloat16 values are exact in it, and what it adds to statistics of float32
+    values is far below their damping.
+
+    Args:
+        tiles: to bfloat16 on a CPU with AMX, from widths on at which that pays.
     """
-    if x.device.type == "cpu":
+    cpu = x.device.type == "cpu"
+    if cpu and not (tiles and x.shape[-1] >= _TILES_PAY and getattr(torch.cpu, "_is_amx_tile_supported", bool)()):
         yield
         return
     before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("high")
+    torch.set_float32_matmul_precision("medium" if cpu else "high")
     try:
         yield
     finally:

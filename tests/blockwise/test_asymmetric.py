@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from compress.blockwise.asymmetric import asymmetric_statistics
+from compress.blockwise.hessians import tensor_cores
 from compress.blockwise.inputs import Inputs
 from compress.checkpoint.open import open_checkpoint
 from compress.checkpoint.values import Derived
@@ -123,3 +124,14 @@ def test_input_mismatch_leaves_padding_out(tmp_path):
         assert padded.residual.keys() == mismatch.residual.keys()
         for key, value in mismatch.residual.items():
             close(padded.residual[key], value.double())
+
+
+@pytest.mark.parametrize(("width", "bound"), [(64, 1e-6), (256, 1e-2)])
+def test_sums_of_wide_mismatches_may_round_their_values_and_leave_the_precision_as_it_was(width, bound):
+    x, y = (torch.randn(512, width, generator=torch.Generator().manual_seed(seed)) for seed in (0, 1))
+    before = torch.get_float32_matmul_precision()
+    with tensor_cores(x, tiles=True):
+        found = x.T @ y
+    assert torch.get_float32_matmul_precision() == before
+    wanted = x.double().T @ y.double()
+    assert float((found - wanted).norm() / wanted.norm()) < bound
