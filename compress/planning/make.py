@@ -101,7 +101,7 @@ def make_plan(recipe: Recipe, spec: Spec, metadata: Mapping[str, str] | None = N
     stages = tuple(
         PlannedStage(number, tuple(group)) for number, group in enumerate(fuse(planned, recipe.evaluate_at), 1)
     )
-    peak = max(*(p.peak_memory for p in planned), *_peaks_beside(recipe, spec, planned[-1]))
+    peak = max([*(p.peak_memory for p in planned), *_peaks_beside(recipe, spec, planned[-1])])
     beside = work_beside(recipe, spec, [stage.passes[-1].spec for stage in stages])
     return Plan(original, spec, store, stages, peak, lengths, beside)
 
