@@ -274,7 +274,8 @@ def to_codes(
     if scales.overall is None:
         return Codes(q.to(torch.uint8), _exponents(scale))
     stored = (scale * scales.overall).to(torch.float8_e4m3fn)
-    return Codes(q.to(torch.uint8), stored, None, scales.overall.float())
+    # of its own: matrices that share it are saved beside each other, and safetensors refuses tensors that share memory
+    return Codes(q.to(torch.uint8), stored, None, scales.overall.float().clone())
 
 
 def _exponents(scale: torch.Tensor) -> torch.Tensor:

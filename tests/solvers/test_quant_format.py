@@ -138,3 +138,12 @@ def test_gptq_lowers_output_error_and_keeps_mask():
 def test_overflowing_counts_only_what_rounds_to_infinity():
     values = torch.tensor([65504.0, 65519.9, 65520.0, -70000.0, float("inf"), float("nan"), 1.0])
     assert overflowing(values, torch.float16) == 2
+
+
+def test_codes_of_a_shared_global_scale_share_no_memory():
+    """Results of blocks are saved with safetensors, which refuses tensors that share memory."""
+    overall, nvfp4 = torch.tensor([700.0]), QuantFormat("nvfp4", 16)
+    W = torch.randn(8, 32, generator=torch.Generator().manual_seed(0))
+    first, second = (to_codes(W, nvfp4, fit(W, nvfp4, overall=overall), torch.float32) for _ in range(2))
+    assert torch.equal(first.overall, second.overall)
+    assert first.overall.data_ptr() != second.overall.data_ptr()
