@@ -129,14 +129,11 @@ def gguf_layout(config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]
     tensors = {name: _place(name, family, fields) for name in shapes}
     architecture, widths = known[kind].partition(" ")[0], _widths(shapes, family)
     if len(set(widths)) > 1:
-        if architecture != "llama":
-            raise UnwritableError(
-                f"llama.cpp has one width of MLPs for all blocks of {kind}", fix="prune with `allocation: uniform`"
-            )
-        architecture, metadata["feed_forward_length"] = "deci", widths  # a Llama with a width for each block
-        metadata["attention.head_count"] = [fields.heads] * len(widths)
-        metadata["attention.head_count_kv"] = [fields.kv_heads] * len(widths)
-    elif widths:
+        raise UnwritableError(
+            f"llama.cpp has one width of MLPs for all blocks of {kind}, and these have {min(widths)} to {max(widths)}",
+            fix="prune with `allocation: uniform`",
+        )
+    if widths:
         metadata["feed_forward_length"] = widths[0]
     return GgufLayout(architecture, metadata, tensors, factors, notes)
 
