@@ -7,7 +7,7 @@ BIN    := $(VENV)/bin
 WORKERS ?= 2
 STAMP  := $(VENV)/.ready
 
-.PHONY: wheel setup quickstart test test-unit test-browser test-all check check-types check-rest bench bench-start bench-prune bench-distill bench-recover bench-share bench-structured bench-depth bench-minutes bench-cast bench-effort bench-versus bench-peers bench-scale bench-memory bench-gpu bench-gguf bench-rounded bench-attention families same-bytes docs clean
+.PHONY: wheel setup quickstart test test-unit test-browser test-all check check-types check-rest bench bench-start bench-prune bench-distill bench-recover bench-share bench-structured bench-depth bench-minutes bench-cast bench-effort bench-versus bench-peers bench-scale bench-memory bench-gpu bench-gguf bench-rounded bench-attention families runtimes same-bytes docs clean
 
 setup: $(STAMP)
 
@@ -147,6 +147,14 @@ $(VENV)/families/.ready: $(STAMP)
 	printf 'import site; site.addsitedir("%s")\n' "$$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')" \
 	  > "$$($(VENV)/families/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/usual.pth"
 	$(VENV)/families/bin/python -m pip install --quiet --disable-pip-version-check --no-deps -c constraints.txt timm torchvision $(TORCH_INDEX)
+	touch $@
+
+# opens checkpoints and exports in each runtime, in environments of their own in build/runtimes; writes docs/runtimes.md
+runtimes: $(VENV)/.exports-ready
+	$(BIN)/python -m tools.runtimes $(ARGS)
+
+$(VENV)/.exports-ready: $(STAMP)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[gguf,onnx]'
 	touch $@
 
 # outputs equal those of an earlier commit byte for byte; BEFORE= is the commit, ARGS= such as --only 'cast_*'

@@ -8,7 +8,15 @@ import typer
 from compress.cli.commands.common import Code
 from compress.cli.options import AllowLinks, AsJson, CheckpointArgument, IgnoreCode, Offline, Quiet, Trust
 
-ExportTarget = Annotated[str, typer.Option("--to", help="gguf: a file for llama.cpp.", metavar="gguf")]
+ExportTarget = Annotated[
+    str,
+    typer.Option(
+        "--to",
+        help="gguf: a file for llama.cpp. onnx: a folder for onnxruntime, genai, transformers.js, OpenVINO. pt2: a program of "
+        "torch.export.",
+        metavar="gguf|onnx|pt2",
+    ),
+]
 ExportOutput = Annotated[
     Path, typer.Option("--output", "-o", help="File or folder to write. It must not exist.", metavar="PATH")
 ]
@@ -31,6 +39,17 @@ ExportImatrix = Annotated[
     str | None,
     typer.Option("--imatrix", help="gguf: an imatrix.gguf, which k- and i-quants weigh errors by.", metavar="FILE"),
 ]
+ExportAccuracy = Annotated[
+    int | None,
+    typer.Option(
+        "--accuracy-level",
+        help="onnx: 1: products are computed with floats (default). 4: their inputs are rounded to 8 bits, which is faster.",
+        metavar="1|4",
+    ),
+]
+ExportDtype = Annotated[
+    str | None, typer.Option("--dtype", help="pt2: float32 (default), bfloat16 or float16.", metavar="DTYPE")
+]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Show size and types; write nothing.")]
 
 
@@ -41,6 +60,8 @@ def export(
     type_: ExportType = None,
     embeddings: ExportEmbeddings = None,
     imatrix: ExportImatrix = None,
+    accuracy_level: ExportAccuracy = None,
+    dtype: ExportDtype = None,
     dry_run: DryRun = False,
     trust_remote_code: Trust = False,
     ignore_auto_map: IgnoreCode = False,
@@ -59,7 +80,13 @@ def export(
         checkpoint,
         to,
         output,
-        given={"type": type_, "embeddings": embeddings, "imatrix": imatrix},
+        given={
+            "type": type_,
+            "embeddings": embeddings,
+            "imatrix": imatrix,
+            "accuracy_level": accuracy_level,
+            "dtype": dtype,
+        },
         dry_run=dry_run,
         code=Code(trust_remote_code, ignore_auto_map, allow_links),
         offline=offline,

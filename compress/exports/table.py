@@ -10,7 +10,11 @@ from typing import Any
 from compress.exports.base import Target
 
 #: Name ▶ module:class.
-TARGETS: Mapping[str, str] = {"gguf": "compress.exports.gguf.target:Gguf"}
+TARGETS: Mapping[str, str] = {
+    "gguf": "compress.exports.gguf.target:Gguf",
+    "onnx": "compress.exports.onnx.target:Onnx",
+    "pt2": "compress.exports.pt2:Pt2",
+}
 
 
 @cache

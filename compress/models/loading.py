@@ -89,7 +89,7 @@ def load_checkpoint(
     kwargs: dict[str, Any] = {"dtype": computing}
     if device != "cpu":
         kwargs["device_map"] = {"": device}
-    read: Any = _Unread if isinstance(checkpoint, Stored) else _values
+    read: Any = _Unread if isinstance(checkpoint, Stored) else values_in
     wanted = _decoded(checkpoint.spec, dtype, as_stored)
     state: dict[str, Any] = {t.name: read(checkpoint, t, wanted(t)) for t in checkpoint.spec.weights()}
     model = _load(checkpoint, kwargs, state, attention)
@@ -162,7 +162,7 @@ class _Unread:
         self._checkpoint, self._tensor, self._wanted = checkpoint, tensor, wanted
 
     def __getitem__(self, index: Any) -> torch.Tensor:
-        return _values(self._checkpoint, self._tensor, self._wanted)[index]
+        return values_in(self._checkpoint, self._tensor, self._wanted)[index]
 
     @property
     def dtype(self) -> torch.dtype:
@@ -172,7 +172,7 @@ class _Unread:
         return self._tensor.is_float
 
 
-def _values(checkpoint: Checkpoint, tensor: Tensor, wanted: torch.dtype | None) -> torch.Tensor:
+def values_in(checkpoint: Checkpoint, tensor: Tensor, wanted: torch.dtype | None) -> torch.Tensor:
     """The values of a tensor; codes are dequantised in the dtype ``wanted``, None for that of their scales."""
     from compress.checkpoint.storage.reading import logical_values
 

@@ -14,7 +14,7 @@ def export(
     to: str,
     output: Path,
     *,
-    given: Mapping[str, str | None],
+    given: Mapping[str, str | int | None],
     dry_run: bool,
     code: Code,
     offline: bool,

@@ -1,0 +1,1 @@
+"""Opens exports in the runtimes that they are for; `python -m tools.runtimes`."""

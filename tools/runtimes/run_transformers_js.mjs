@@ -1,0 +1,22 @@
+// transformers.js: logits of a folder of `compress export --to onnx`, and ids of its tokenizer.
+// node run_transformers_js.mjs FOLDER IDS.json OUT.json   (NODE_MODULES: folder with the package)
+import { createRequire } from "node:module";
+import { readFileSync, writeFileSync } from "node:fs";
+import { dirname, basename, resolve } from "node:path";
+import { pathToFileURL } from "node:url";
+
+const require = createRequire(process.env.NODE_MODULES + "/");
+const js = await import(pathToFileURL(require.resolve("@huggingface/transformers")));
+const [folder, source, target] = process.argv.slice(2);
+const asked = JSON.parse(readFileSync(source));
+js.env.allowRemoteModels = false;
+js.env.localModelPath = dirname(resolve(folder)) + "/";
+const name = basename(resolve(folder));
+const tokenizer = await js.AutoTokenizer.from_pretrained(name);
+const model = await js.AutoModelForCausalLM.from_pretrained(name);
+const values = (list) => new js.Tensor("int64", BigInt64Array.from(list, BigInt), [1, list.length]);
+const inputs = { input_ids: values(asked.ids), attention_mask: values(asked.ids.map(() => 1)) };
+const { logits } = await model(inputs);
+writeFileSync(target + ".f32", Buffer.from(new Float32Array(logits.data).buffer));
+const ids = tokenizer.encode(asked.text, { add_special_tokens: false });
+writeFileSync(target, JSON.stringify({ shape: logits.dims, text_ids: ids, version: js.env.version }));
