@@ -14,7 +14,20 @@ import compress
 from compress import CompressError
 from tests.conftest import ROOT
 
-NAMES = ["apply", "check", "diff", "evaluate", "gate", "inspect", "load", "plan", "register_attention", "run", "unpack"]
+NAMES = [
+    "apply",
+    "check",
+    "diff",
+    "evaluate",
+    "export",
+    "gate",
+    "inspect",
+    "load",
+    "plan",
+    "register_attention",
+    "run",
+    "unpack",
+]
 
 
 @pytest.fixture(scope="module")

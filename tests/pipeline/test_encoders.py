@@ -92,7 +92,7 @@ def test_run_measures_sentence_embeddings(base, folders):
     assert judged["similarity.min"]["text"].startswith(f"{after['similarity']:.4f} (between 0.")
     assert f"| similarity to the original | 1 | {after['similarity']:.4f} | mean cosine |" in text
     assert f"| Spearman | {before['spearman']:.4f} | {after['spearman']:.4f} |" in text
-    assert "40 texts or pairs of pairs.tsv, pooling: cls_token" in text
+    assert "40 texts or pairs of texts of pairs.tsv, pooling: cls_token" in text
     assert (result.checkpoint / "1_Pooling/config.json").is_file()
     card = (result.checkpoint / "README.md").read_text()
     assert "| Spearman |" in card

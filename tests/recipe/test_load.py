@@ -248,7 +248,7 @@ r.yaml:12:26: unknown key `sparcity` in prune_unstructured
    12 |   - prune_unstructured: {sparcity: 50%}
       |                          ^^^^^^^^
    expected one of: effort, method, sparsity, pattern, scope, allocation, reconstruction_epochs, reconstruction_lr, only, skip, allow_noop; did you mean `sparsity`?
-r.yaml:13:21: weights: expected bf16, fp16, fp32, int8, int6, int5, int4, int3, int2, fp8, mxfp4, nvfp4, trellis4, trellis3 or trellis2, got 'bf61'
+r.yaml:13:21: weights: expected bf16, fp16, fp32, int8, int6, int5, int4, int3, int2, fp8, mxfp8, mxfp4, nvfp4, trellis4, trellis3 or trellis2, got 'bf61'
    13 |   - cast: {weights: bf61}
       |                     ^^^^
    did you mean `bf16`?
@@ -367,7 +367,7 @@ def test_load_recipe_tells_single_mistakes(heads: Heads, work: Path, line: str, 
 @pytest.mark.parametrize(
     ("entry", "head"),
     [
-        ("cast: {weights: 16}", "r.yaml:4:21: weights: expected bf16, fp16, fp32, int8, int6, int5, int4, int3, int2, fp8, mxfp4, nvfp4, trellis4, trellis3 or trellis2, got 16"),
+        ("cast: {weights: 16}", "r.yaml:4:21: weights: expected bf16, fp16, fp32, int8, int6, int5, int4, int3, int2, fp8, mxfp8, mxfp4, nvfp4, trellis4, trellis3 or trellis2, got 16"),
         ("cast", "r.yaml:4:5: give one of `scheme`, `weights`, `bits` and `max_bytes`"),
         ("cast:", "r.yaml:4:5: give one of `scheme`, `weights`, `bits` and `max_bytes`"),
         ("cast: fp16", "r.yaml:4:5: cast: expected a mapping of settings, got 'fp16'"),
@@ -376,7 +376,7 @@ def test_load_recipe_tells_single_mistakes(heads: Heads, work: Path, line: str, 
         ("{}", "r.yaml:4:5: expected one pass, got none"),
         ("quantize", "r.yaml:4:5: unknown pass `quantize`"),
         ("cast: {weights: fp16, only: x}", "r.yaml:4:33: only: expected a list, got 'x'"),
-        ("cast: {weights: fp16, overrides: {a: x}}", "r.yaml:4:42: a: expected bf16, fp16, fp32, int8, int6, int5, int4, int3, int2, fp8, mxfp4, nvfp4, trellis4, trellis3 or trellis2, got 'x'"),
+        ("cast: {weights: fp16, overrides: {a: x}}", "r.yaml:4:42: a: expected bf16, fp16, fp32, int8, int6, int5, int4, int3, int2, fp8, mxfp8, mxfp4, nvfp4, trellis4, trellis3 or trellis2, got 'x'"),
         ("cast: {weights: fp16, allow_noop: 1}", "r.yaml:4:39: allow_noop: expected true or false, got 1"),
         ("prune_structured: {layers: 0}", "r.yaml:4:32: layers: expected a count such as 2, a share such as 25%, or a list of block numbers, got 0"),
         ("prune_structured: {layers: [1, a]}", "r.yaml:4:32: expected a list of block numbers from 0 up"),
@@ -572,7 +572,7 @@ def test_recipe_from_mapping_locates_mistakes_by_keys(work: Path) -> None:
         "gates.kl: the gate kl needs evaluation text, and there is no `data.evaluation`",
         "output: `output` is missing",
         "passes.0.cast.wieghts: unknown key `wieghts` in cast",
-        "passes.1.cast.weights: weights: expected bf16, fp16, fp32, int8, int6, int5, int4, int3, int2, fp8, mxfp4, nvfp4, trellis4, trellis3 or trellis2, got 16",
+        "passes.1.cast.weights: weights: expected bf16, fp16, fp32, int8, int6, int5, int4, int3, int2, fp8, mxfp8, mxfp4, nvfp4, trellis4, trellis3 or trellis2, got 16",
         "passes.2.cast.weights: expected a plain value (text, number, list, mapping), got set",
         "passes.2: give one of `scheme`, `weights`, `bits` and `max_bytes`",
         "seed: nan is not a finite number",

@@ -95,6 +95,7 @@ def test_resolved_writes_out_defaults(work: Path) -> None:
         "gates": {},
         "confidence": 0.95,
         "bootstrap": 10_000,
+        "export": [],
     }
 
 

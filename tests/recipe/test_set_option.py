@@ -90,7 +90,7 @@ def test_set_of_the_same_key_last_wins(work: Path) -> None:
         ("passes.1.cast.wieghts=fp16", "unknown key `wieghts` in cast"),
         (
             "passes.1.cast.weights=fp17",
-            "weights: expected bf16, fp16, fp32, int8, int6, int5, int4, int3, int2, fp8, mxfp4, nvfp4, trellis4, trellis3 or trellis2, got 'fp17'",
+            "weights: expected bf16, fp16, fp32, int8, int6, int5, int4, int3, int2, fp8, mxfp8, mxfp4, nvfp4, trellis4, trellis3 or trellis2, got 'fp17'",
         ),
         ("seed=[1", "not valid YAML: while parsing a flow sequence, expected ',' or ']', but got the end of the file"),
         ("data.evaluation={files: [gone.txt]}", "gone.txt: there is no such file"),
