@@ -77,7 +77,7 @@ def yaqa(
     for _ in range(rounds):
         _improve_codes(code_IO, value_IO, coupled_IO, H_II, F_OO, quant_format, scale_GO, zero_GO, keep_IO)
         if not quant_format.fixed_scales:
-            scale_GO = _scale_step(W_IO, code_IO, value_IO, coupled_IO, H_II, F_OO, scale_GO)
+            scale_GO = _scale_step(code_IO, value_IO, coupled_IO, H_II, F_OO, scale_GO)
     return code_IO.t().contiguous(), scales._replace(scale=scale_GO.t().contiguous())
 
 
@@ -92,9 +92,10 @@ def refitted(
     """Return scales for these codes with tr(F E H Eᵀ) no larger than before: `yaqa` without its steps on codes."""
     if quant_format.fixed_scales:
         return scales
-    W_IO, code_IO, scale_GO = W_OI.t().contiguous(), code_OI.t().contiguous(), scales.scale.t().contiguous()
-    value_IO = code_IO * scale_GO.repeat_interleave(len(W_IO) // len(scale_GO), 0)
-    scale_GO = _scale_step(W_IO, code_IO, value_IO, (W_IO - value_IO) @ F_OO, H_II, F_OO, scale_GO)
+    code_IO, scale_GO = code_OI.t().contiguous(), scales.scale.t().contiguous()
+    value_IO = code_IO * scale_GO.repeat_interleave(len(code_IO) // len(scale_GO), 0)
+    coupled_IO = (W_OI.t() - value_IO) @ F_OO
+    scale_GO = _scale_step(code_IO, value_IO, coupled_IO, H_II, F_OO, scale_GO)
     return scales._replace(scale=scale_GO.t().contiguous())
 
 
@@ -137,7 +138,6 @@ def _improve_codes(
 
 
 def _scale_step(
-    W_IO: torch.Tensor,
     code_IO: torch.Tensor,
     value_IO: torch.Tensor,
     coupled_IO: torch.Tensor,
@@ -151,10 +151,10 @@ def _scale_step(
     norm of H: a least-squares fit. All outputs then change at once, along M [I, O]. The objective along θ M is a parabola with
     its minimum at θ = tr(F E H Mᵀ) / tr(F M H Mᵀ), clipped to [0, 1]. ``value_IO`` and ``coupled_IO``, E F, follow.
     """
-    # what each output has to add to its target because of the errors of the others
-    correction_IO = coupled_IO / F_OO.diagonal() - (W_IO - value_IO)
-    change_GO = fitted_scales(W_IO + correction_IO, code_IO, H_II, scale_GO) - scale_GO
-    direction_IO = code_IO * change_GO.repeat_interleave(len(W_IO) // len(scale_GO), 0)
+    target_IO = torch.addcdiv(value_IO, coupled_IO, F_OO.diagonal())
+    change_GO = fitted_scales(target_IO, code_IO, H_II, scale_GO) - scale_GO
+    del target_IO
+    direction_IO = code_IO * change_GO.repeat_interleave(len(code_IO) // len(scale_GO), 0)
     gradient_IO, direction_of_outputs_IO = H_II @ direction_IO, direction_IO @ F_OO
     # slope and curvature of the objective along the change
     slope, curvature = float((gradient_IO * coupled_IO).sum()), float((gradient_IO * direction_of_outputs_IO).sum())

@@ -81,7 +81,7 @@ def test_stock_loader_matches_ours_in_every_family_and_format(tmp_path, stock_ou
     cacheless = {(f, "cache") for f in ("bert", "albert", "roberta", "electra", "distilbert", "t5", "vit")}
     conv1d = {("gpt2", name) for name in FORMATS}
     moes = ("mixtral", "qwen3_moe", "qwen2_moe", "deepseek_v3")
-    experts = {(f, name) for f in moes for name in ("nvfp4", "w8a8", "fp8 inputs", "mixed")}
+    experts = {(f, name) for f in moes for name in ("nvfp4", "w8a8", "mixed")}
     unpackable = {("t5", name) for name in ("int8", "int4", "int3", "int2", "mxfp4", "nvfp4", "mixed")}
     one_group = {("albert", "mixed")}  # all of its groups of blocks are named
     narrow = ("qwen2_moe", "minicpm3", "deepseek_v3")  # 24 and 12 inputs, which no group of 16 divides
