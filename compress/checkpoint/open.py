@@ -27,6 +27,7 @@ from compress.checkpoint.remote import without_code
 from compress.checkpoint.sidecars import find_sidecars
 from compress.checkpoint.storage import CODECS, parts
 from compress.checkpoint.storage.compressed_tensors import parse
+from compress.checkpoint.storage.compressed_tensors.loaders import runtime_of
 from compress.checkpoint.storage.compressed_tensors.write import KEY, strip
 from compress.checkpoint.storage.reading import READERS
 from compress.checkpoint.values import Checkpoint, Codes, Value, torch_dtype
@@ -284,6 +285,8 @@ def _spec(
     else:
         gone = whole.tensors.keys() - spec.tensors.keys()
         spec = replace(spec, left_out=sum(places[name][2] for name in gone if name in places))
+    if not compact and any(t.quant_format is not None for t in spec.tensors.values()):
+        spec = replace(spec, structure=replace(spec.structure, runtime=runtime_of(spec)))
     return with_aliases(_told(spec), where), headers
 
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import replace
 from typing import Any
 
 from compress.architectures.model_map import model_map
+from compress.checkpoint.storage.compressed_tensors.loaders import stock_holds
 from compress.checkpoint.storage.compressed_tensors.servers import servers_note
 from compress.spec.formats import FIXED_GROUPS
 from compress.spec.spec import Spec, Tensor
@@ -39,6 +41,17 @@ def expert_note(spec: Spec) -> str | None:
     return "servers round the inputs of experts; stock transformers and reported metrics do not"
 
 
+def runtime_note(spec: Spec) -> str | None:
+    """A sentence where stock transformers does not load the codes; None elsewhere."""
+    if spec.structure.compact or spec.structure.runtime == "transformers":
+        return None
+    holds = stock_holds(replace(spec, structure=replace(spec.structure, runtime="transformers")))
+    name = next((t.name for t in spec.stored() if not holds(t)), None)
+    return name and (
+        f"stock transformers does not load it, such as the codes of {name}; vLLM does, and `compress unpack` makes it dense"
+    )
+
+
 def codes(spec: Spec) -> set[str]:
     """Formats of the codes that a stock loader has to decode; none for a compact checkpoint, which decodes them itself."""
     if spec.structure.compact:
@@ -55,7 +68,9 @@ def loading_notes(spec: Spec) -> list[str]:
     """Notes on what stock transformers needs to load the checkpoint, beside torch."""
     if spec.structure.compact:
         return ["its own modelling file decodes it: load it with trust_remote_code=True"]
-    notes = [note for note in (expert_note(spec), servers_note(spec)) if note is not None]
+    notes = [note for note in (runtime_note(spec), expert_note(spec), servers_note(spec)) if note is not None]
+    if spec.structure.runtime != "transformers":
+        return notes
     notes += [f"transformers needs a package to load its codes: {INSTALL}"] if codes(spec) else []
     if narrow := narrow_codes(spec):
         notes.append(f'transformers computes with {" and ".join(narrow)} in bfloat16 alone: load it with dtype="auto"')

@@ -21,7 +21,8 @@ def with_storage(spec: Spec, store: Store) -> Spec:
     Stock files cannot store the keep-mask of quantised weights, so the zeros are written and the mask is lost. Codes that stock
     loaders cannot read are written as floats.
     """
-
+    if store == "compact":  # transformers opens it, with the bundled file
+        spec = replace(spec, structure=replace(spec.structure, runtime="transformers"))
     holds = stock_holds(spec)
 
     def choose(tensor: Tensor) -> Tensor:

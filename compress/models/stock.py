@@ -30,7 +30,8 @@ PACKAGE = "compressed_tensors"
 def check_codes(checkpoint: Stored) -> None:
     """Check that the config names exactly the modules that are codes, and that stock transformers finds every key.
 
-    Everything is on the meta device. One of several processes checks only the names. Raises `CheckpointError`.
+    Everything is on the meta device. One of several processes, and one with codes for vLLM, checks only the names. Raises
+    `CheckpointError`.
     """
     import torch.distributed as dist
 
@@ -41,12 +42,12 @@ def check_codes(checkpoint: Stored) -> None:
     check_names(checkpoint, read_json(checkpoint.folder, "config.json")[compressed_tensors.KEY])
     # among several processes compressed-tensors would wait for all to load, and only the first one does
     alone = not (dist.is_available() and dist.is_initialized())
-    if alone and importlib.util.find_spec(PACKAGE) is not None:
+    if alone and checkpoint.spec.structure.runtime == "transformers" and importlib.util.find_spec(PACKAGE) is not None:
         check_load(checkpoint)
 
 
 def check_names(checkpoint: Checkpoint, config_of_codes: Any) -> None:
-    """Check that a quantization config covers exactly the linear layers that are codes, by their names in memory.
+    """Check that a quantization config covers exactly the layers that are codes, by their names in memory.
 
     Raises:
         CheckpointError: naming a layer that differs.
@@ -57,13 +58,16 @@ def check_names(checkpoint: Checkpoint, config_of_codes: Any) -> None:
     stock, config = stock_class(checkpoint)
     with quiet_transformers(), torch.device("meta"):
         model = stock(config) if hasattr(stock, "get_init_context") else stock.from_config(config)
-    linear = {name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)}
+    kinds = {"Linear": torch.nn.Linear, "Embedding": torch.nn.Embedding}
+    layers = {
+        name: kind for name, module in model.named_modules() for kind, base in kinds.items() if isinstance(module, base)
+    }
     groups = SchemeGroups(config_of_codes, where)
-    meant = {name for name in linear if groups.scheme(name) is not None}
+    meant = {name for name, kind in layers.items() if groups.scheme(name, kind) is not None}
     mapped = model_map(spec)
     coded = {mapped.in_memory(t.module) for t in spec.stored() if t.quant_format and not mapped.is_expert(t.name)}
     for names, wrong in (
-        (coded - linear, "no linear layer has that name in memory"),
+        (coded - layers.keys(), "no linear layer or table has that name in memory"),
         (coded - meant, "no group of the config names it"),
         (meant - coded, "the config says that it is codes, and it is not"),
     ):

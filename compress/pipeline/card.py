@@ -59,6 +59,7 @@ def card_of(state: Run, report: Mapping[str, Any], picture: str | None, *, origi
             dtype_auto=bool(narrow_codes(spec)),
             quantized=any(t.quant_format is not None for t in spec.stored()),
             sentences=safe_file(folder, "modules.json").is_file(),
+            runtime=spec.structure.runtime,
         ),
         recipe_yaml=to_yaml({key: value for key, value in recipe.items() if value != {}}),
         picture=picture,

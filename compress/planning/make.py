@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from compress import passes
@@ -10,6 +11,7 @@ from compress.architectures.model_map import model_map
 from compress.architectures.unforeseen import refused
 from compress.checkpoint.edits import EDIT_KINDS, first_without_twin
 from compress.checkpoint.storage.compressed_tensors.loaders import stock_holds
+from compress.checkpoint.storage.compressed_tensors.servers import VLLM, refusals
 from compress.checkpoint.store import Store, needs_code, with_storage
 from compress.errors import PassError, located
 from compress.evaluation.tasks import check_images, check_metrics, check_sounds, check_speed, task_of
@@ -120,6 +122,8 @@ def plan_pass(spec: Spec, instance: Pass[Any], settings: Any, store: Store) -> S
     """The spec of the checkpoint that a pass will write in a store. Raises `PassError` where the pass cannot apply."""
     _check_readable(spec, instance)
     following = instance.plan(spec, settings)
+    if store == "compact" and (spec.structure.runtime, following.structure.runtime) == ("transformers", "vllm"):
+        raise PassError("vLLM opens no compact checkpoint", key="runtime", fix="leave it out, or use `store: stock`")
     _check_storable(following, store)
     return following
 
@@ -162,12 +166,15 @@ def _check_storable(following: Spec, store: Store) -> None:
                 else "; `compress unpack` makes a dense stock checkpoint of the result"
             ),
         )
+    if store == "stock" and following.structure.runtime == "vllm" and (reasons := refusals(following, VLLM)):
+        raise PassError(f"{VLLM.name} does not open it: {'; '.join(reasons)}", fix="use `store: compact`")
     holds = stock_holds(following)
     if store == "stock" and (tensor := next((t for t in following.stored() if not holds(t)), None)):
         assert tensor.quant_format is not None
         raise PassError(
             f"stock loaders do not read {tensor.quant_format.format} codes of {tensor.name}" + _experts(following),
-            fix="use `store: compact`" + ("" if tensor.quant_format.symmetric else ", or codes without zero points"),
+            fix=f"use `store: compact`{_for_vllm(following)}"
+            + ("" if tensor.quant_format.symmetric else ", or codes without zero points"),
         )
     if following.structure.config.get("auto_map") and needs_code(with_storage(following, store)):
         raise PassError(
@@ -186,6 +193,13 @@ def _check_storable(following: Spec, store: Store) -> None:
             key=key,
             fix="use `store: stock`, or leave it out",
         )
+
+
+def _for_vllm(spec: Spec) -> str:
+    """The setting that writes the codes for vLLM, as a part of a fix; empty where it refuses them too."""
+    served = replace(spec, structure=replace(spec.structure, runtime="vllm"))
+    holds = stock_holds(served)
+    return ", or `runtime: vllm` in `cast`" if all(holds(t) for t in served.stored()) else ""
 
 
 def _experts(spec: Spec) -> str:

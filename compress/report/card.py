@@ -17,6 +17,7 @@ from compress.evaluation import metrics
 from compress.report import figures
 from compress.report.markdown import before_after_table, waterfall_table
 from compress.spec.classes import CAUSAL_LM, auto_class
+from compress.spec.spec import Runtime
 
 #: Most characters of front matter; typical front matter has one or two thousand.
 _LONGEST = 100_000
@@ -52,6 +53,7 @@ class Loading:
     Attributes:
         class_name: stock class. compact: it needs ``trust_remote_code=True``. packages: what pip installs beside the library.
         dtype_auto: it needs ``dtype="auto"``. quantized: it has codes. sentences: it has the layout of sentence-transformers.
+        runtime: what opens it.
     """
 
     class_name: str | None = None
@@ -60,6 +62,7 @@ class Loading:
     dtype_auto: bool = False
     quantized: bool = False
     sentences: bool = False
+    runtime: Runtime = "transformers"
 
 
 def model_card(
@@ -166,6 +169,9 @@ def _model_index(report: Mapping[str, Any], title: str) -> list[dict[str, Any]]:
 
 def _loading(title: str, loading: Loading, sentences: bool) -> list[str]:
     """Lines on what to install, and the call that loads the result."""
+    if loading.runtime == "vllm":
+        text = "vLLM serves it. Stock transformers does not load its codes; `compress unpack` writes it as a dense checkpoint:"
+        return [text, "", "```sh", f"vllm serve {_shell(title)}", "```"]
     library = "sentence-transformers" if sentences else "transformers"
     lines: list[str] = []
     if loading.packages or sentences:

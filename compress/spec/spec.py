@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from math import prod
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from compress.spec.classes import CAUSAL_LM, suffix_of
 from compress.spec.formats import QuantFormat
@@ -29,6 +29,8 @@ DTYPE_BITS: Mapping[str, int] = MappingProxyType(
     }
 )  # fmt: skip
 
+#: What opens codes without code of this project.
+Runtime = Literal["transformers", "vllm"]
 #: Float dtypes that a cast may write, narrow to wide. The widest one of a checkpoint becomes ``config.dtype``.
 FLOAT_DTYPES: Mapping[str, str] = MappingProxyType(
     {"F16": "float16", "BF16": "bfloat16", "F32": "float32", "F64": "float64"}
@@ -134,12 +136,14 @@ class Structure:
             the files. ``fp8-tensor``, ``fp8-head``: static scales for the keys and the values of each block, or of each
             head.
         compact: whether it was read from a compact checkpoint, whose loader decodes codes to floats.
+        runtime: what opens its codes without code of this project.
     """
 
     config: Mapping[str, Any]
     edits: tuple[Edit, ...] = ()
     kv_cache: str | None = None
     compact: bool = field(default=False, compare=False)
+    runtime: Runtime = field(default="transformers", compare=False)
 
     @property
     def cache_format(self) -> str | None:

@@ -26,6 +26,7 @@ FINE = 6
 def planned(spec: Spec, settings: CastSettings, chosen: Mapping[str, QuantFormat]) -> Spec:
     """Spec with the formats ``chosen`` for some tensors, and those of the settings for the rest."""
     formats = _formats(spec, settings)
+    spec = _untied(spec, settings)
     sizes = GroupSizes(spec, settings)
     sizes.check({n: f for n, f in formats.items() if f is not None and n not in chosen})
 
@@ -53,7 +54,23 @@ def planned(spec: Spec, settings: CastSettings, chosen: Mapping[str, QuantFormat
     }
     cached, scales = _cached(spec, settings)
     tensors |= {s.name: s for s in scales}
-    return replace(cast, structure=replace(spec.structure, config=config, kv_cache=cached), tensors=tensors)
+    structure = replace(spec.structure, config=config, kv_cache=cached, runtime=settings.runtime)
+    return replace(cast, structure=structure, tensors=tensors)
+
+
+def _untied(spec: Spec, settings: CastSettings) -> Spec:
+    """The spec with a head of its own, where the table that it shares gets codes for vLLM, which reads no shared ones."""
+    head = model_map(spec).head_weight
+    if settings.runtime != "vllm" or head is None or head.alias_of is None:
+        return spec
+    coded = [p for p, format_ in settings.overrides.items() if format_ not in DTYPES]
+    coded += settings.only if settings.weights not in DTYPES else []
+    modules = [*(tensor.module for tensor in spec.stored()), head.module]
+    named = {module for pattern in coded for module in matching(pattern, modules, "overrides")}
+    if not named & {head.module, spec.tensors[head.alias_of].module}:
+        return spec
+    structure = replace(spec.structure, config={**spec.structure.config, "tie_word_embeddings": False})
+    return replace(spec, structure=structure, tensors={**spec.tensors, head.name: replace(head, alias_of=None)})
 
 
 def _cached(spec: Spec, settings: CastSettings) -> tuple[str | None, list[Tensor]]:
@@ -144,8 +161,9 @@ def group_note(spec: Spec, settings: CastSettings, cast: Spec) -> str | None:
     return GroupSizes(spec, settings).note(quant_formats)
 
 
-def _formats(spec: Spec, settings: CastSettings) -> dict[str, Format | None]:
-    """Format of every tensor that the pass touches; None where a budget chooses it."""
+def _formats(given: Spec, settings: CastSettings) -> dict[str, Format | None]:
+    """Format of every tensor that the pass touches; None where a budget chooses it. A head that is untied gets its table's."""
+    spec = _untied(given, settings)
     mapped, modules = model_map(spec), [tensor.module for tensor in spec.stored()]
     routers = _routers(spec)
     default = [module for module in modules if module not in routers]
@@ -166,6 +184,8 @@ def _formats(spec: Spec, settings: CastSettings) -> dict[str, Format | None]:
         matrix = len(tensor.shape) == 2 and tensor.name.endswith(".weight")
         if format_ in DTYPES or matrix or (linear is not None and (linear.experts or linear.kernel)):
             result[tensor.name] = format_
+    if spec is not given and mapped.head_weight is not None and mapped.embedding in result:
+        result.setdefault(mapped.head_weight.name, result[mapped.embedding])
     if settings.weights not in DTYPES and settings.weights not in result.values():
         raise _nothing_left(spec, settings)
     return result

@@ -13,6 +13,7 @@ from compress.passes.cast.schemes import SCHEMES, SchemeName
 from compress.passes.effort import Effort, EffortDefaults
 from compress.settings import ByteSize, distinct
 from compress.spec.formats import BLOCK, FIXED_GROUPS, INTEGERS, TRELLISES, QuantFormat
+from compress.spec.spec import Runtime
 
 Format = Literal[
     "bf16",
@@ -199,6 +200,14 @@ class CastSettings(PassSettings):
         "for each head of them. Both are measured on calibration data. `none`: no scales in the files; vLLM then takes 1, "
         "SGLang does not quantise. By default `tensor` with `data.calibration`, else `none`. Families whose scales no "
         "server reads (GPT-NeoX, OPT, Bloom) get none.",
+    )
+
+    runtime: Runtime = Field(
+        default="transformers",
+        description="What opens the codes in `store: stock`. vLLM reads more than stock transformers: zero points, int8, "
+        "int4 and int2 codes of the table of tokens (`overrides: {model.embed_tokens: int4}`), and experts in every scheme "
+        "that it has a kernel for. A head that shares the table's weights gets codes of its own then, because vLLM reads no "
+        "shared ones.",
     )
 
     @model_validator(mode="after")

@@ -7,16 +7,43 @@ from collections.abc import Callable
 from compress.architectures.inferred import Inferred, starred
 from compress.architectures.model_map import model_map
 from compress.checkpoint.storage import format_chain
+from compress.checkpoint.storage.compressed_tensors.servers import VLLM
 from compress.checkpoint.storage.packed import INT8, PACKED
 from compress.checkpoint.storage.small_float import FP8, MXFP4
 from compress.spec.formats import QuantFormat
-from compress.spec.spec import Spec, Tensor
+from compress.spec.spec import Runtime, Spec, Tensor
 
 
 def stock_holds(spec: Spec) -> Callable[[Tensor], bool]:
-    """Predicate: whether stock loaders read a tensor of the spec as stored. They read plain values and codes of linear layers.
+    """Predicate: whether the runtime that the spec is for reads a tensor as stored, without code of this project."""
+    return _vllm_holds(spec) if spec.structure.runtime == "vllm" else _transformers_holds(spec)
 
-    Tried with transformers 5.24 and compressed-tensors 0.20. They refuse packed zero points, although the format defines them.
+
+def runtime_of(spec: Spec) -> Runtime:
+    """The runtime for which a checkpoint was written that is no compact one: transformers, unless it refuses some codes."""
+    holds = _transformers_holds(spec)
+    return "transformers" if all(holds(tensor) for tensor in spec.stored()) else "vllm"
+
+
+def _vllm_holds(spec: Spec) -> Callable[[Tensor], bool]:
+    """vLLM's own rules, for the linear layers, experts and tables that it builds; it has no matrices stored [in, out]."""
+    mapped = model_map(spec)
+
+    def holds(tensor: Tensor) -> bool:
+        quant_format, linear = tensor.quant_format, mapped.linears.get(tensor.name)
+        if quant_format is None:
+            return True
+        if linear is None or quant_format.compact_only or quant_format.transposed or len(tensor.shape) != 2:
+            return False
+        return VLLM.place(linear) is not None
+
+    return holds
+
+
+def _transformers_holds(spec: Spec) -> Callable[[Tensor], bool]:
+    """Tried with transformers 5.24 and compressed-tensors 0.20.
+
+    They refuse packed zero points, although the format defines them, and codes of tables that tokens are looked up in.
     Experts are fused in memory and decoded on loading, so all must have one format. Dense experts are not found beside codes of
     any format but fp8. Experts that files hold in one tensor have no codes there.
     Nor have layers that transformers splits, joins or shares; beside weights that it joins, only fp8 is read.
@@ -26,7 +53,7 @@ def stock_holds(spec: Spec) -> Callable[[Tensor], bool]:
     if not mapped.known or not coded:
         return lambda tensor: tensor.quant_format is None
     record = mapped.record
-    outside = [*record.embeddings, *filter(None, [record.head])]
+    outside = [*record.embeddings, *([record.head] if record.head and isinstance(record, Inferred) else [])]
     matrices = (t for t in spec.stored() if len(t.shape) == 2 and t.name.endswith(".weight"))
     experts = {t.quant_format for t in matrices if mapped.is_expert(t.name)}
     fused = {quant_format and fusible(quant_format) for quant_format in experts} == {True} and len(experts) == 1

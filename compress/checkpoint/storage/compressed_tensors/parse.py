@@ -47,7 +47,8 @@ def parse(
             continue
         name = key.removesuffix("_scale")
         module = name.removesuffix(".weight")
-        scheme = groups.scheme(mapped.in_memory(module))
+        table = mapped.known and module.endswith(mapped.record.embeddings)
+        scheme = groups.scheme(mapped.in_memory(module), "Embedding" if table else "Linear")
         if scheme is None:
             raise CheckpointError(f"has scales for {module}, which no group of its {KEY} targets", where=where)
         quant_format, chain = _format(scheme, module, where)
@@ -109,20 +110,20 @@ class SchemeGroups:
             self._targets.update((target, group) for target in group.get("targets") or ())
         self._ordered = sorted(self._targets, key=lambda target: ("re:" in target, target))
 
-    def scheme(self, module: str) -> Mapping[str, Any] | None:
-        """Group of a linear layer, found as compressed-tensors does; None without one.
+    def scheme(self, module: str, kind: str = "Linear") -> Mapping[str, Any] | None:
+        """Group of a layer, found as compressed-tensors does; None without one.
 
         Names take precedence over patterns and patterns over classes; among several the alphabetically first wins.
 
         Args:
-            module: name of the layer in memory.
+            module: name of the layer in memory. kind: its class, ``Linear`` or ``Embedding``.
         """
-        if "Linear" in self._ignored or self._matcher.any(self._ignored, module):
+        if kind in self._ignored or self._matcher.any(self._ignored, module):
             return None
         target = next((target for target in self._ordered if self._matcher.matches(target, module)), None)
-        if target is None and "Linear" not in self._targets:
+        if target is None and kind not in self._targets:
             return None
-        group = self._targets[target or "Linear"]
+        group = self._targets[target or kind]
         return {"format": self._format, **{k: v for k, v in group.items() if v is not None}}
 
 

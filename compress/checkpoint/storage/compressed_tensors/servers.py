@@ -1,6 +1,7 @@
 """Which compressed-tensors checkpoints servers open: their rules, read in their sources, as a table. Imports no torch.
 
-vLLM 0.32.0: ``compressed_tensors.py`` (`_get_scheme_from_parts`), its schemes, ``fp8_utils.py`` (`validate_fp8_block_shape`).
+vLLM 0.32.0: ``compressed_tensors.py`` (`_get_scheme_from_parts`), its schemes, ``compressed_tensors_embedding.py``,
+``compressed_tensors_moe.py`` (`get_moe_method`), ``fp8_utils.py`` (`validate_fp8_block_shape`).
 SGLang 0.5.23: ``compressed_tensors.py``, ``schemes/compressed_tensors_wNa16.py``.
 """
 
@@ -17,11 +18,12 @@ from compress.spec.spec import Spec
 _MARLIN = (0, 32, 64, 128)
 #: Names of the matrices that servers join into one, in their order.
 _JOINED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"), ("w1", "w3"), ("query", "key", "value"))
-_TURING, _ADA, _HOPPER, _HUMMING = (
+_TURING, _ADA, _HOPPER, _HUMMING, _CPU = (
     "GPUs from Turing on",
     "GPUs from Ada on",
     "Hopper GPUs",
     "GPUs with the package humming",
+    "CPUs",
 )
 
 
@@ -30,12 +32,24 @@ class Server(NamedTuple):
 
     Attributes:
         kernel: a number format ▶ where it computes with such matrices; None where it refuses them.
+        experts: the same for the matrices of experts.
+        tables: the same for the tables that tokens are looked up in.
         caches: formats of the cache that it quantises; it ignores others.
     """
 
     name: str
     kernel: Callable[[QuantFormat], str | None]
+    experts: Callable[[QuantFormat], str | None]
+    tables: Callable[[QuantFormat], str | None]
     caches: frozenset[str]
+
+    def place(self, linear: Linear) -> str | None:
+        """Where it computes with a matrix of codes; None where it refuses it."""
+        assert linear.tensor.quant_format is not None, linear
+        rules = (
+            self.tables if linear.role == "embedding" else self.experts if linear.expert is not None else self.kernel
+        )
+        return rules(linear.tensor.quant_format)
 
 
 def _vllm(f: QuantFormat) -> str | None:
@@ -58,6 +72,25 @@ def _vllm(f: QuantFormat) -> str | None:
     return _TURING if f.format == "mxfp8" else None
 
 
+def _vllm_experts(f: QuantFormat) -> str | None:
+    inputs = f.activations
+    if f.is_integer and inputs is not None:
+        if f.format == "int8":
+            return _TURING if f.symmetric and not (f.group or f.whole) and inputs == "int8" else None
+        return (
+            _CPU if (f.format, inputs, f.symmetric) == ("int4", "int8", True) else _vllm(f) if inputs == "fp8" else None
+        )
+    if f.format == "fp8":
+        pairs = {"fp8": not (f.whole or f.block), "fp8-group": f.block, "fp8-tensor": f.whole, "fp8-dynamic": f.whole}
+        return _vllm(f) if pairs.get(inputs or "", False) else None
+    return _vllm(f)
+
+
+def _vllm_tables(f: QuantFormat) -> str | None:
+    plain = f.is_integer and f.symmetric and f.activations is None and not f.whole
+    return _TURING if plain and 32 % f.bits == 0 else None
+
+
 def _sglang(f: QuantFormat) -> str | None:
     inputs = f.activations
     if f.is_integer and inputs is None:
@@ -72,32 +105,39 @@ def _sglang(f: QuantFormat) -> str | None:
 
 
 SERVERS = (
-    Server("vLLM 0.32", _vllm, frozenset({"fp8", "fp8-tensor", "fp8-head"})),
-    Server("SGLang 0.5.23", _sglang, frozenset({"fp8-tensor"})),
+    Server("vLLM 0.32", _vllm, _vllm_experts, _vllm_tables, frozenset({"fp8", "fp8-tensor", "fp8-head"})),
+    Server("SGLang 0.5.23", _sglang, _sglang, lambda _: None, frozenset({"fp8-tensor"})),
 )
+VLLM = SERVERS[0]
 
 
 def refusals(spec: Spec, server: Server) -> list[str]:
     """Why a server does not open a checkpoint of codes as stock loaders read it, a phrase for each reason."""
-    coded = [(t.name, t.quant_format) for t in spec.stored() if t.quant_format is not None]
     first: dict[QuantFormat, str] = {}
-    for name, quant_format in coded:
-        first.setdefault(quant_format, name)
-    reasons = [f"no scheme for {_words(f)} ({name})" for f, name in first.items() if server.kernel(f) is None]
+    for linear in _coded(spec):
+        if (f := linear.tensor.quant_format) is not None and server.place(linear) is None:
+            first.setdefault(f, linear.name)
+    reasons = [f"no scheme for {_words(f)} ({name})" for f, name in first.items()]
     return [*reasons, *_unequal(spec), *_cut_blocks(spec)]
+
+
+def _coded(spec: Spec) -> list[Linear]:
+    """The matrices of codes that have bytes of their own."""
+    linears = model_map(spec).linears
+    return [linears[t.name] for t in spec.stored() if t.quant_format is not None]
 
 
 def servers_note(spec: Spec) -> str | None:
     """A sentence on the servers that open a checkpoint, and on what they need; None for one without codes for stock loaders."""
-    formats = {t.quant_format for t in spec.stored() if t.quant_format is not None}
-    if spec.structure.compact or not formats:
+    coded = _coded(spec)
+    if spec.structure.compact or not coded:
         return None
     parts = []
     for server in SERVERS:
         if reasons := refusals(spec, server):
             parts.append(f"{server.name} does not open it: {'; '.join(reasons)}")
             continue
-        needs = " and ".join(sorted({str(server.kernel(f)) for f in formats}))
+        needs = " and ".join(sorted({str(server.place(linear)) for linear in coded}))
         cache = spec.structure.kv_cache
         ignored = f" (it ignores the {cache} cache)" if cache and cache not in server.caches else ""
         parts.append(f"{server.name} opens it on {needs}{ignored}")

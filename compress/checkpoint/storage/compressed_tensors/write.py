@@ -6,15 +6,15 @@ Format: https://github.com/vllm-project/compressed-tensors.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 from compress.architectures.inferred import Inferred
-from compress.architectures.model_map import model_map
+from compress.architectures.model_map import ModelMap, model_map
 from compress.checkpoint.storage import format_chain
 from compress.spec.formats import ACTIVATIONS, BLOCK, SCALE_DTYPES, QuantFormat
-from compress.spec.spec import Spec
+from compress.spec.spec import Spec, Tensor
 
 KEY = "quantization_config"
 #: Value of its ``quant_method``.
@@ -33,20 +33,21 @@ def render(spec: Spec) -> dict[str, Any] | None:
     """Config for the number formats of a spec as stored; None if nothing is quantised.
 
     A single group targets all linear layers that are not ignored; several groups name their modules. Dense layers are always
-    listed, because some servers refuse a linear layer that is in no list.
+    listed, because some servers refuse a linear layer that is in no list. Tables of tokens are a target by their class and
+    heads by their names, because vLLM does not know their names, and its class of heads is no linear layer.
     """
-    by_grid: dict[QuantFormat, list[str]] = {}
+    by_grid: dict[QuantFormat, list[Tensor]] = {}
     mapped = model_map(spec)
     coded = [(t, t.quant_format) for t in spec.stored() if t.quant_format is not None]
     # transformers takes the first group that names "experts" for the fused ones, and `shared_experts` are none of these
     for tensor, quant_format in sorted(coded, key=lambda pair: not mapped.is_expert(pair[0].name)):
-        by_grid.setdefault(quant_format, []).append(mapped.in_memory(tensor.module))
+        by_grid.setdefault(quant_format, []).append(tensor)
     if not by_grid:
         return None
     groups = {}
-    for number, (quant_format, modules) in enumerate(by_grid.items()):
+    for number, (quant_format, tensors) in enumerate(by_grid.items()):
         groups[f"group_{number}"] = {
-            "targets": ["Linear"] if len(by_grid) == 1 else [f"re:.*{re.escape(m)}$" for m in modules],
+            "targets": _targets(mapped, tensors, alone=len(by_grid) == 1),
             "weights": _weights(quant_format),
             "input_activations": _activations(quant_format),
             "output_activations": None,
@@ -62,6 +63,15 @@ def render(spec: Spec) -> dict[str, Any] | None:
         "kv_cache_scheme": _CACHES[spec.structure.kv_cache] if spec.structure.kv_cache else None,
         "global_compression_ratio": None,
     }
+
+
+def _targets(mapped: ModelMap, tensors: Sequence[Tensor], *, alone: bool) -> list[str]:
+    """Targets of the group of these tensors; ``alone``: it is the only one."""
+    roles = {t.name: mapped.linears[t.name].role for t in tensors}
+    named = [t for t in tensors if roles[t.name] == "head" or not (alone or roles[t.name] == "embedding")]
+    targets = [f"re:.*{re.escape(mapped.in_memory(t.module))}$" for t in named]
+    targets += ["Linear"] * (alone and not set(roles.values()) <= {"embedding", "head"})
+    return targets + ["Embedding"] * ("embedding" in roles.values())
 
 
 def _weights(quant_format: QuantFormat) -> dict[str, Any]:

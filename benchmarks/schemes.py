@@ -1,0 +1,83 @@
+"""Schemes of `cast` beside llm-compressor's: `make bench-schemes PEER=python [MODEL= TRAIN= HELDOUT=]`.
+
+PEER is the interpreter of an environment with llm-compressor. Both tools get the model in bfloat16 and the same calibration
+ids, and write a compressed-tensors checkpoint; `compress.load` reads both, and rounds inputs as stock transformers does.
+llm-compressor runs GPTQ for integers and rounds floats, as its examples do; `cast` runs with its defaults.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+from benchmarks import page, scoring
+from benchmarks.peers import call
+
+TOOL = "llm-compressor"
+
+
+def main() -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--peer", default=sys.executable, help="python of an environment with llm-compressor")
+    parser.add_argument("--model", default=str(scoring.ROOT / "examples/tiny-lm"))
+    parser.add_argument("--train", default=str(scoring.ROOT / "examples/text/train.txt"))
+    parser.add_argument("--samples", type=int, default=32)
+    parser.add_argument("--schemes", nargs="+", default=["W4A16", "W8A8", "FP8_BLOCK", "NVFP4"])
+    parser.add_argument("--group", type=int, help="inputs that share a scale, of integers but W8A8, in both tools")
+    parser.add_argument("--effort", default="balanced", help="of `cast`")
+    parser.add_argument("--section", default="schemes", help="of docs/benchmarks.md; '-' prints only")
+    scoring.options(parser)
+    args = parser.parse_args()
+    from safetensors.torch import save_file
+
+    import compress
+
+    scratch, rows = Path(tempfile.mkdtemp(prefix="compress-bench-")), list[list[str]]()
+    try:
+        base = compress.apply("cast", args.model, scratch / "base", weights="bf16", allow_noop=True)
+        texts = scoring.held_out(argparse.Namespace(**{**vars(args), "model": str(base)}))
+        samples = scoring.calibration_samples(args.model, args.train, args.samples)
+        save_file({"ids": samples.ids.contiguous()}, scratch / "ids.safetensors")
+
+        def row(scheme: str, tool: str, folder: Path, seconds: float) -> None:
+            scores = texts.score(compress.load(folder, dtype="float32"))
+            size = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+            rows.append([scheme, tool, *texts.cells([scores]), f"{size:,}", f"{seconds:.0f}"])
+            print(" | ".join(rows[-1]), flush=True)
+            shutil.rmtree(folder)
+
+        for scheme in args.schemes:
+            start = time.process_time()
+            data: Any = samples.ids
+            grouped = args.group and scheme.startswith("W") and scheme != "W8A8"
+            more = {"group_size": args.group} if grouped else {}
+            ours = compress.apply(
+                "cast", base, scratch / "ours", data=data, scheme=scheme, effort=args.effort, dtype="float32", **more
+            )
+            row(scheme, f"`cast`, {args.effort}", ours, time.process_time() - start)
+            job = f"{'GPTQ' if scheme.startswith('W') else 'RTN'} {scheme}" + (f":{args.group}" if grouped else "")
+            theirs = scratch / "theirs"
+            answer = call(args.peer, "llm_schemes", str(base), str(scratch / "ids.safetensors"), job, theirs)
+            row(scheme, f"{TOOL}, {job.partition(' ')[0]}", theirs, answer["cpu_s"])
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+    lines = [
+        f"## Schemes on {page.model_name(args.model)}",
+        "",
+        f"`{page.command('bench-schemes', parser, args)}`: {page.environment()} {args.samples} × {scoring.WINDOW} calibration "
+        f"tokens, the same for both tools; the model in bfloat16. {texts.note()} Inputs are rounded as the scheme says. CPU "
+        "seconds are of the method, with one thread, beside other jobs.",
+        "",
+        *page.table(["scheme", "tool", *scoring.COLUMNS, "bytes", "CPU s"], rows),
+    ]
+    page.deliver(args.section, lines)
+
+
+if __name__ == "__main__":
+    main()
