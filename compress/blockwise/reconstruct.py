@@ -20,11 +20,14 @@ from compress.blockwise.block import Block
 from compress.blockwise.memory_budget import HELD_OUT, SAMPLES_PER_STEP, SAVED_BYTES
 from compress.blockwise.predictions import Predict, depends_on_hidden_alone, divergence
 from compress.blockwise.spilled import SpilledValues, spilling_backward
+from compress.memory import give_back_freed
 
 #: Where the held-out error does not fall, training starts again at a rate so many times lower, at most twice.
 RETRY = 4
 #: Below this width of the hidden states products take too little of the time for bfloat16 to pay.
 _NARROW = 128
+#: Weights from which on a block's step takes seconds.
+_LARGE = 1 << 26
 
 
 @dataclass(frozen=True)
@@ -260,24 +263,36 @@ def _gradients(
     """
     processes = block.view.processes
     if own := processes.shard(rows):
+        _trim(parameters)
         most = SAVED_BYTES + block.view.room.left
         with torch.enable_grad(), spilling_backward(block.inputs.path.parent, parameters, most):
-            products = torch.autocast(torch.device(block.view.device).type, torch.bfloat16, enabled=reduced)
+            # each weight is used once: nothing is gained by holding all their copies in bfloat16 until the loss
+            products = torch.autocast(
+                torch.device(block.view.device).type, torch.bfloat16, enabled=reduced, cache_enabled=False
+            )
             if predict is None:
                 with products:
                     output, target = _output_and_target(block, own)
                 loss = (output - target).float().square().mean() / deviation * (len(own) / len(rows))
+                _trim(parameters)
                 loss.backward()  # type: ignore[no-untyped-call]
             else:
                 with products:
                     output = block.forward(own, block.read_inputs(own))
                 gradients = _gradients_of_predictions(block, own, output.detach(), predict) / len(rows)
+                _trim(parameters)
                 output.backward(gradients)  # type: ignore[no-untyped-call]
     if processes.world > 1:
         for p in parameters:
             if p.grad is None:
                 p.grad = torch.zeros_like(p)
             processes.all_reduce(p.grad)
+
+
+def _trim(parameters: Sequence[torch.nn.Parameter]) -> None:
+    """Return what the allocator keeps to the system, where the block is so large that this takes a small part of a step."""
+    if parameters and parameters[0].device.type == "cpu" and sum(p.numel() for p in parameters) >= _LARGE:
+        give_back_freed()
 
 
 def _gradients_of_predictions(

@@ -143,6 +143,10 @@ def own_device(device: str) -> str:
 
 def worker_loop(processes: ProcessGroup) -> None:
     """Apply the passes that the first process hands out, until it sends None. For all processes but the first."""
+    # what takes longest to import, while the first process plans
+    import transformers.modeling_utils
+
+    import compress.blockwise.runner  # noqa: F401
     from compress import passes
 
     while (job := processes.broadcast_object(0, None)) is not None:

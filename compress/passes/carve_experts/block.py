@@ -83,30 +83,35 @@ def carve_block(block: Block, options: CarveOptions) -> dict[str, TensorExtras]:
     before and after.
     """
     if block.index not in options.dense:
-        by_part = {part: x for x in block.linears for part in MLP if x.name.endswith(f"{part}.weight")}
-        gate, up, down = (by_part[part] for part in MLP)
-        carving, hessian = _carving(block, gate, up, down, options.sizes)
-        options.results.save_tensors(
-            f"{block.index:05}", {"expert": carving.expert_A.cpu(), "router": carving.router_EI.cpu().contiguous()}
-        )
-        energy = _energy(down.weight, hessian)
-        del hessian
-        routing = Routing(carving, options.sizes.active)
-        cross, gram, counts = _products(block, gate, down, routing)
-        before = down.weight.clone()
-        if options.solve:
-            solved = solve_down(down.weight, cross, gram).to(down.weight.dtype)
-            block.view.processes.broadcast(0, solved)
-            down.weight.copy_(solved)
-        block.details["tensors"] = {down.name: {"error": _error(before, down.weight, cross, gram, energy)}}
-        names = [f"{down.name.removesuffix('.down_proj.weight')}.experts.{e}" for e in range(options.sizes.count)]
-        block.details["experts"] = {"tokens": block.view.tokens, "reached": dict(zip(names, counts, strict=True))}
-        routing.attach(gate.module, down.module)
+        _carve(block, options)
     if options.reconstruction is not None:
         block.details["tuning"] = reconstruct_block(
             block, options.reconstruction, trainable_floats(block), lambda: None
         )
     return {}
+
+
+def _carve(block: Block, options: CarveOptions) -> None:
+    """Divide the neurons and solve the down projection; none of its sums are in memory while the block trains."""
+    by_part = {part: x for x in block.linears for part in MLP if x.name.endswith(f"{part}.weight")}
+    gate, up, down = (by_part[part] for part in MLP)
+    carving, hessian = _carving(block, gate, up, down, options.sizes)
+    options.results.save_tensors(
+        f"{block.index:05}", {"expert": carving.expert_A.cpu(), "router": carving.router_EI.cpu().contiguous()}
+    )
+    energy = _energy(down.weight, hessian)
+    del hessian
+    routing = Routing(carving, options.sizes.active)
+    cross, gram, counts = _products(block, gate, down, routing)
+    before = down.weight.clone()
+    if options.solve:
+        solved = solve_down(down.weight, cross, gram).to(down.weight.dtype)
+        block.view.processes.broadcast(0, solved)
+        down.weight.copy_(solved)
+    block.details["tensors"] = {down.name: {"error": _error(before, down.weight, cross, gram, energy)}}
+    names = [f"{down.name.removesuffix('.down_proj.weight')}.experts.{e}" for e in range(options.sizes.count)]
+    block.details["experts"] = {"tokens": block.view.tokens, "reached": dict(zip(names, counts, strict=True))}
+    routing.attach(gate.module, down.module)
 
 
 def _carving(

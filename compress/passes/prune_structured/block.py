@@ -51,8 +51,31 @@ def prune_block_width(block: Block, options: WidthOptions) -> dict[str, TensorEx
     ``block.details`` gets ``kept`` (reading module ▶ indices of the kept units), a row for each matrix that reads units (number
     kept, relative output error) and, with reconstruction, the block's error before and after.
     """
+    zeros, projections = _removed(block, options)
+    if options.reconstruction is not None and options.reconstruction.epochs:
+        masks = [(linear.weight, ~mask) for linear in block.linears if (mask := block.earlier_mask(linear)) is not None]
+
+        def project() -> None:
+            _clear(zeros)
+            for again in projections:
+                again()
+            for weight, gone in masks:
+                weight.masked_fill_(gone, 0)
+
+        block.details["tuning"] = reconstruct_block(block, options.reconstruction, trainable_floats(block), project)
+    return {}
+
+
+def _removed(
+    block: Block, options: WidthOptions
+) -> tuple[list[tuple[torch.Tensor, torch.Tensor]], list[Callable[[], None]]]:
+    """Zero the units; nothing that this computes is in memory while the block trains.
+
+    Returns:
+        Views of weights with the indices of their rows that are zero now, and what restores the weights of merged heads.
+    """
     linears = {linear.name: linear for linear in block.linears}
-    zeros: list[tuple[torch.Tensor, torch.Tensor]] = []  # a view, and the indices of its zero rows
+    zeros: list[tuple[torch.Tensor, torch.Tensor]] = []
     kept: dict[str, list[int]] = {}
     rows: dict[str, Any] = {}
     projections: list[Callable[[], None]] = []
@@ -81,18 +104,7 @@ def prune_block_width(block: Block, options: WidthOptions) -> dict[str, TensorEx
             zeros += _zeros(units, keep, linears)
         _clear(zeros)
     block.details |= {"kept": kept, "tensors": rows}
-    if options.reconstruction is not None and options.reconstruction.epochs:
-        masks = [(linear.weight, ~mask) for linear in block.linears if (mask := block.earlier_mask(linear)) is not None]
-
-        def project() -> None:
-            _clear(zeros)
-            for again in projections:
-                again()
-            for weight, gone in masks:
-                weight.masked_fill_(gone, 0)
-
-        block.details["tuning"] = reconstruct_block(block, options.reconstruction, trainable_floats(block), project)
-    return {}
+    return zeros, projections
 
 
 def probe_widths(counts: Mapping[str, tuple[PrunableGroup, Sequence[int]]], options: WidthOptions) -> ProbeFn:
