@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from datetime import timedelta
+from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -143,11 +144,10 @@ def own_device(device: str) -> str:
 
 def worker_loop(processes: ProcessGroup) -> None:
     """Apply the passes that the first process hands out, until it sends None. For all processes but the first."""
-    # what takes longest to import, while the first process plans
-    import transformers.modeling_utils
-
-    import compress.blockwise.runner  # noqa: F401
     from compress import passes
+
+    for name in ("transformers.modeling_utils", "compress.blockwise.runner"):
+        import_module(name)  # takes seconds, while the first process plans
 
     while (job := processes.broadcast_object(0, None)) is not None:
         context = job.context(job.open(job.original), job.data.__getitem__, SilentProgress(), processes)
