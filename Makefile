@@ -7,7 +7,7 @@ BIN    := $(VENV)/bin
 WORKERS ?= 2
 STAMP  := $(VENV)/.ready
 
-.PHONY: wheel setup quickstart test test-unit test-browser test-all check check-types check-rest bench bench-start bench-prune bench-distill bench-recover bench-share bench-structured bench-depth bench-minutes bench-cast bench-effort bench-versus bench-peers bench-schemes bench-tables bench-scale bench-memory bench-gpu bench-gguf bench-rounded bench-attention families runtimes same-bytes docs clean
+.PHONY: wheel setup quickstart test test-unit test-browser test-all check check-types check-rest bench bench-start bench-prune bench-distill bench-recover bench-share bench-structured bench-depth bench-minutes bench-cast bench-effort bench-versus bench-peers bench-schemes bench-tables bench-scale bench-memory bench-gpu bench-gguf bench-gguf-inputs bench-rounded bench-attention families runtimes same-bytes docs clean
 
 setup: $(STAMP)
 
@@ -139,6 +139,9 @@ bench-memory: $(STAMP)
 # in llama.cpp, whose library npm fetches once; ARGS= such as --speed 64
 bench-gguf: $(STAMP)
 	$(BIN)/python benchmarks/llama_cpp.py $(if $(MODEL),--model $(MODEL)) $(if $(TRAIN),--train $(TRAIN)) $(if $(HELDOUT),--heldout $(HELDOUT)) $(ARGS)
+
+bench-gguf-inputs: $(STAMP)
+	$(BIN)/python benchmarks/llama_cpp_inputs.py $(if $(MODEL),--model $(MODEL)) $(if $(HELDOUT),--heldout $(HELDOUT)) $(ARGS)
 
 # ARGS= such as --jobs kernels
 bench-attention: $(STAMP)

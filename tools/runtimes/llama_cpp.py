@@ -78,6 +78,8 @@ _SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
     "llama_log_set": (None, [_POINTER, _POINTER]),
     "llama_backend_init": (None, []),
 }
+#: Byte of ``use_extra_bufts`` in ``llama_model_params``.
+_REPACKED = 74
 _said: list[str] = []
 
 
@@ -120,17 +122,31 @@ def library() -> Any:
 
 
 class Model:
-    """A GGUF file, loaded. Raises RuntimeError, with llama.cpp's own message, where it cannot be."""
+    """A GGUF file, loaded.
 
-    def __init__(self, path: str | Path, *, length: int = 512, threads: int = 1) -> None:
+    Args:
+        length: most tokens of a text. repacked: use kernels that store the codes in another order (`--no-repack` of the tools).
+        wide_cache: keys and values in float32, attention without fused kernels.
+
+    Raises:
+        RuntimeError: it cannot be loaded; with llama.cpp's own message.
+    """
+
+    def __init__(
+        self, path: str | Path, *, length: int = 512, threads: int = 1, repacked: bool = True, wide_cache: bool = False
+    ) -> None:
         self.lib = lib = library()
         _said.clear()
-        self.model = lib.model_load_from_file(os.fsencode(path), lib.model_default_params())
+        loading = lib.model_default_params()
+        C.cast(C.byref(loading), C.POINTER(C.c_bool))[_REPACKED] = repacked
+        self.model = lib.model_load_from_file(os.fsencode(path), loading)
         if not self.model:
             raise RuntimeError("; ".join(_said[:3]) or "the file cannot be loaded")
         options = lib.context_default_params()
         options.i[0] = options.i[1] = options.i[2] = length  # context, batch and what is computed at once
         options.i[7] = options.i[8] = threads
+        if wide_cache:
+            options.i[13] = options.i[26] = options.i[27] = 0  # fused attention; types of keys and values: float32
         self.context = lib.init_from_model(self.model, options)
         self._options = options
         if not self.context:

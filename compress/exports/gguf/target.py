@@ -90,17 +90,21 @@ def _importance(settings: GgufSettings) -> dict[str, np.ndarray[Any, Any]]:
 def _data(checkpoint: Checkpoint, tensor: FileTensor, importance: np.ndarray[Any, Any] | None) -> np.ndarray[Any, Any]:
     """Bytes of a tensor of the file."""
     import numpy as np
+    import torch
+
+    from compress.models.loading import values_in
 
     parts = []
     for number, source in enumerate(tensor.sources):
-        value = checkpoint.tensor(source.name)
         if tensor.chosen.coded:
             from compress.exports.gguf.blocks import of_codes
 
+            value = checkpoint.tensor(source.name)
             parts.append(of_codes(value, source, tensor.chosen.type, tensor.place.heads).numpy())
         else:
             weights = None if importance is None else importance[number % len(importance)]
-            parts.extend(_rounded(_dense(value.data, tensor), tensor.chosen.type, weights))
+            values = values_in(checkpoint, source, None if source.quant_format is None else torch.float32)
+            parts.extend(_rounded(_dense(values, tensor), tensor.chosen.type, weights))
     return np.concatenate(parts) if len(parts) > 1 else np.ascontiguousarray(parts[0])
 
 

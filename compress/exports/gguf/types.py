@@ -65,7 +65,7 @@ def _rounded(kind: str, tensor: Tensor, place: GgufPlace) -> Chosen:
         kind = NARROWER[kind]
     if inputs % BLOCK and kind not in FLOATS.values():
         kind = "F16"
-    return Chosen(kind, exact=kind == FLOATS.get(tensor.dtype) and tensor.quant_format is None)
+    return Chosen(kind, exact=kind == "F32" or (kind == FLOATS.get(tensor.dtype) and tensor.quant_format is None))
 
 
 def _coded(tensor: Tensor, quant_format: QuantFormat) -> Chosen:
