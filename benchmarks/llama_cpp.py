@@ -96,7 +96,7 @@ def reference(model: str, windows: Any, train: str, samples: int, place: Path) -
 
     from compress.architectures.gguf import gguf_layout
     from compress.checkpoint.open import open_checkpoint
-    from compress.exports.gguf.imatrix import Importance, read_imatrix, write_imatrix
+    from compress.exports.gguf.imatrix import Importance, imatrix_bytes, read_imatrix
     from compress.models.loading import load_model
 
     spec = open_checkpoint(model).spec
@@ -123,7 +123,7 @@ def reference(model: str, windows: Any, train: str, samples: int, place: Path) -
     for hook in hooks:
         hook.remove()
     entries = {k: Importance(total[None].numpy(), np.array([count])) for k, (total, count) in sums.items()}
-    write_imatrix(place / "imatrix.gguf", entries, [Path(train).name], scoring.WINDOW)
+    (place / "imatrix.gguf").write_bytes(imatrix_bytes(entries, [Path(train).name], scoring.WINDOW))
     return logits.log_softmax(-1).numpy(), read_imatrix(place / "imatrix.gguf")
 
 

@@ -76,7 +76,7 @@ def symmetric_statistics(block: Block, *, tuned: bool = False) -> Iterator[Measu
             statistics.add(counted(group[0].rows(x), block.token_masks(rows)))
         statistics.finish()
         block.sum_over_processes(statistics)
-        block.count(group, statistics.tokens)
+        block.record(group, statistics)
         block.add_shared_inputs(group, statistics)
         yield group, statistics, None, True
         if not tuned:
@@ -104,6 +104,7 @@ def asymmetric_statistics(block: Block, *, tuned: bool = False) -> Iterator[Meas
             continue
         statistics, mismatch = measured
         del measured
+        block.record(group, statistics)
         before = SpilledValues(block.inputs.path.parent, [linear.weight for linear in group])
         yield group, statistics, mismatch, True
         if not tuned:

@@ -118,6 +118,7 @@ class Block:
         runs: whether the model runs the block on the calibration data; one that it leaves out hands on its inputs.
         reached: number of tokens that each expert read, by the expert's name in the checkpoint, where it was counted.
         unread: names of tensors outside of experts that no token reached.
+        input_squares: mean squares of inputs, float32 [I], and the number of tokens, by the tensors that were measured.
         add_shared_inputs: adds to a group's statistics the inputs of other blocks that share its tensors.
     """
 
@@ -140,6 +141,7 @@ class Block:
     runs: bool = True
     reached: dict[str, int] = field(default_factory=dict)
     unread: list[str] = field(default_factory=list)
+    input_squares: dict[str, tuple[torch.Tensor, int]] = field(default_factory=dict)
     add_shared_inputs: Callable[[list[TargetLinear], InputStatistics], None] = _no_shared_inputs
 
     def forward(self, rows: Sequence[int], hidden: torch.Tensor) -> torch.Tensor:
@@ -216,7 +218,7 @@ class Block:
             for group in part:
                 statistics = measured.pop(0)
                 self.sum_over_processes(statistics)
-                self.count(group, statistics.tokens)
+                self.record(group, statistics)
                 self.add_shared_inputs(group, statistics)
                 yield group, statistics, not pending
 
@@ -238,6 +240,12 @@ class Block:
         """Replace statistics, and further sums, by their totals over all processes."""
         self.view.processes.all_reduce(statistics.hessian, statistics.total, *tensors)
         statistics.tokens = int(self.view.processes.reduce_sum(statistics.tokens)[0])
+
+    def record(self, group: Sequence[TargetLinear], statistics: InputStatistics) -> None:
+        """Record how many tokens reached a group, and the mean squares of its inputs."""
+        self.count(group, statistics.tokens)
+        means = (statistics.hessian.diagonal() / max(statistics.tokens, 1)).float().cpu()
+        self.input_squares |= {linear.name: (means, statistics.tokens) for linear in group}
 
     def count(self, linears: Sequence[TargetLinear], tokens: int) -> None:
         """Record that so many tokens reached the experts that these linears belong to."""

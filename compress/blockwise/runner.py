@@ -21,6 +21,7 @@ from compress.blockwise.block import Block
 from compress.blockwise.calls import NOT_RUN
 from compress.blockwise.details import BlockDetails
 from compress.blockwise.executor import BlockExecutor
+from compress.blockwise.input_squares import save_input_squares
 from compress.blockwise.inputs import Inputs
 from compress.blockwise.linears import find_linears, out_of_reach
 from compress.blockwise.memory_budget import ALLOCATOR_RETAIN
@@ -223,6 +224,7 @@ class BlockRunner:
         if (split := self._shared.split(block.groups)) != block.groups:
             block.groups, block.last = split, None
         self._write(block, change(block))
+        save_input_squares(self.workspace, block.index, block.input_squares)
         if (experts := block.experts()) is not None:
             block.details["experts"] = experts
         if not block.runs:

@@ -12,6 +12,8 @@ from compress.files import prepare, put, remove, sha256
 from compress.pipeline.card import base_name, card_of
 from compress.pipeline.contents import compare
 from compress.pipeline.fingerprint import versions
+from compress.pipeline.imatrix import NAME as IMATRIX
+from compress.pipeline.imatrix import imatrix_of
 from compress.pipeline.publish import publish, read_provenance
 
 if TYPE_CHECKING:
@@ -32,6 +34,8 @@ def close(state: Run, report: dict[str, Any], identity: str) -> None:
     notes = report["notes"]
     beside = _beside(state, report) if report["published"] else {}
     files = _rendered(report, notes)
+    imatrix = _made_or_noted(notes, IMATRIX, lambda: imatrix_of(state))
+    files |= {} if imatrix is None else {IMATRIX: imatrix}
     files["report.json"] = (reports.to_json(report) + "\n").encode()
     folder, pending = state.folder.path, dict[Path, Path]()
     try:
@@ -39,6 +43,8 @@ def close(state: Run, report: dict[str, Any], identity: str) -> None:
             pending[folder / name] = prepare(folder / name, data)
         if report["published"]:
             table = _publish(state, report, identity, beside)
+        if imatrix is None:
+            _try(state, f"{IMATRIX} of an earlier run could not be removed", remove, folder / IMATRIX)
         for name in ("report.json", *files):  # the report before what is made of it
             if (temp := pending.pop(folder / name, None)) is not None:
                 _try(state, f"{name} could not be put in place", put, temp, folder / name)
@@ -63,8 +69,8 @@ def _try(state: Run, what: str, work: Callable[..., Any], *arguments: Any) -> No
         state.progress.message(f"{what}: {one_line(error)}")
 
 
-def _made_or_noted(notes: list[str], name: str, make: Callable[[], bytes]) -> bytes | None:
-    """The contents of a file; None, and a note, where they cannot be made."""
+def _made_or_noted(notes: list[str], name: str, make: Callable[[], bytes | None]) -> bytes | None:
+    """The contents of a file; None where there is none, and also a note where they cannot be made."""
     try:
         return make()
     except Exception as error:

@@ -25,6 +25,10 @@ _STAGE, _MEASUREMENT, _PUBLISHED, _CURRENT = (
 )
 
 
+#: End of the name of `RunFolder.inputs`.
+_INPUTS = ".inputs.safetensors"
+
+
 @dataclass(frozen=True)
 class RunFolder:
     """Paths below a run folder. ``stages/<key>`` holds a checkpoint, ``stages/<key>.json`` the record of its stage.
@@ -64,6 +68,10 @@ class RunFolder:
     def work(self, key: str) -> Path:
         """Folder of a stage's workspace (`compress.workspace`)."""
         return self.works / key
+
+    def inputs(self, key: str) -> Path:
+        """File of the mean squares of matrices' inputs that a stage measured (`compress.blockwise.input_squares`)."""
+        return self.stages / f"{key}{_INPUTS}"
 
     @contextlib.contextmanager
     def locked(self, *, remove_leftovers: bool = True) -> Iterator[None]:
@@ -180,6 +188,9 @@ class RunFolder:
         for path in sorted(self.stages.glob("[!.]*")):
             if path.is_dir() and path.suffix != ".json" and not path.with_name(f"{path.name}.json").exists():
                 paths.append(path)
+        for path in sorted(self.stages.glob(f"[!.]*{_INPUTS}")):
+            if not path.with_name(f"{path.name.removesuffix(_INPUTS)}.json").exists():
+                paths.append(path)
         for path in sorted(self.works.glob("[!.]*")):
             if self._record(path.name) is not None and (self.stages / path.name).is_dir():
                 paths.append(path)
@@ -213,6 +224,7 @@ class RunFolder:
     def drop(self, key: str) -> None:
         """Remove a stage."""
         remove(self.stages / f"{key}.json")
+        remove(self.inputs(key))
         remove(self.stages / key)
 
     def set_aside(self, key: str) -> Path:

@@ -101,7 +101,7 @@ def _unused(run: RunFolder) -> list[Unused]:
     """Stages, workspaces and measurements that the last run does not use, and leftovers of dead processes."""
     used, current = _used(run), run.current()
     left = run.leftovers()
-    unused = [Unused(key, (run.stages / key, run.stages / f"{key}.json")) for key in run.finished() if key not in used]
+    unused = [Unused(key, _of_stage(run, key)) for key in run.finished() if key not in used]
     if run.works.is_dir():
         works = (path for path in sorted(run.works.iterdir()) if path.name not in used and path not in left)
         unused += [Unused(f"work/{path.name}", (path,)) for path in works]
@@ -111,6 +111,12 @@ def _unused(run: RunFolder) -> list[Unused]:
             unused.append(Unused(f"{len(old)} old measurement{'s' if len(old) > 1 else ''}", tuple(old)))
     left += leftovers(run.path.parent, _output(run).name)
     return unused + [Unused(path.name, (path,)) for path in left]
+
+
+def _of_stage(run: RunFolder, key: str) -> tuple[Path, ...]:
+    """The paths of a stage."""
+    inputs = run.inputs(key)
+    return (run.stages / key, run.stages / f"{key}.json", *([inputs] if inputs.exists() else []))
 
 
 def clean(path: Path, *, everything: bool = False, dry_run: bool = False) -> tuple[list[str], int]:

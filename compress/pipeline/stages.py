@@ -184,6 +184,8 @@ def _compute(run: Run, stage: PlannedStage, before: Stored, print_: str, key: st
     """Compute a stage and record it."""
     start = time.perf_counter()
     reset_peak()
+    from compress.blockwise.input_squares import gather_input_squares
+
     metadata, recipe, work = before.metadata, run.recipe, run.folder.work(key)
     try:
         done = apply_stage(run, stage, before, work=work, folder=run.folder.stages / key, data=run.data.batches)
@@ -193,6 +195,7 @@ def _compute(run: Run, stage: PlannedStage, before: Stored, print_: str, key: st
     sizes = [planned_size(spec, recipe.store, recipe.max_shard_size, metadata) for _, spec, _ in done.passes]
     sizes[-1] = size_on_disk(done.stored)
     assert sizes[-1].bytes == done.written.bytes, (sizes[-1], done.written.bytes)
+    gather_input_squares(work, run.folder.inputs(key))
     row = run.folder.finish(
         key,
         {

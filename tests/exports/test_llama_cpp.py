@@ -38,7 +38,7 @@ FAMILIES = {
     },
     "gpt2": {"n_embd": 64},
 }
-#: Rounded inputs make routers choose other experts, which is no small difference.
+#: Rounded inputs make routers choose other experts for a few tokens, which is no small difference there.
 ROUTED = ("mixtral", "qwen3_moe")
 
 
@@ -52,24 +52,23 @@ def calm(folder, family):
 
 
 def divergence(folder, file):
-    """KL from transformers' distribution to llama.cpp's, nats per token."""
+    """KL from transformers' distribution to llama.cpp's, nats for each token."""
     loaded = compress.load(folder, dtype="float32")
     ids = torch.randint(3, 250, (2, 64), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         expected = loaded(ids).logits.double().log_softmax(-1)
     with llama_cpp.Model(file, length=64) as model:
         mine = torch.from_numpy(model.logits(ids.numpy())).double().log_softmax(-1)
-    return float((expected.exp() * (expected - mine)).sum(-1).mean())
+    return (expected.exp() * (expected - mine)).sum(-1)
 
 
 @pytest.mark.parametrize("family", list(FAMILIES))
 def test_llama_cpp_computes_the_same_logits(family, tmp_path):
     source = calm(tmp_path / "source", family)
     compress.export(source, tmp_path / "dense.gguf", to="gguf", type="F32", embeddings="F32")
-    assert divergence(source, tmp_path / "dense.gguf") <= 1e-6
-    if family in ROUTED:
-        return
+    assert divergence(source, tmp_path / "dense.gguf").mean() <= 1e-6
     store = {"store": "compact"} if family == "gpt2" else {}
     compress.apply("cast", source, tmp_path / "int4", weights="int4", method="rtn", group_size=32, **store)
     compress.export(tmp_path / "int4", tmp_path / "int4.gguf", to="gguf", embeddings="F32")
-    assert divergence(tmp_path / "int4", tmp_path / "int4.gguf") <= 2e-4
+    each = divergence(tmp_path / "int4", tmp_path / "int4.gguf")
+    assert (each.median() if family in ROUTED else each.mean()) <= 2e-4

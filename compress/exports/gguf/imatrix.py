@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +15,8 @@ if TYPE_CHECKING:
     import numpy as np
 
 _SUMS, _COUNTS = ".in_sum2", ".counts"
+#: Types of metadata and tensors, and the alignment of data (ggml/include/gguf.h).
+_UINT32, _STRING, _ARRAY, _FLOAT32, _ALIGNMENT = 4, 8, 9, 0, 32
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,29 +27,40 @@ class Importance:
     counts: np.ndarray[Any, Any]
 
 
-def write_imatrix(path: Path, entries: Mapping[str, Importance], datasets: Iterable[str], chunk: int) -> None:
-    """Write an imatrix file.
+def imatrix_bytes(entries: Mapping[str, Importance], datasets: Iterable[str], chunk: int) -> bytes:
+    """The contents of an imatrix file (GGUF version 3, all tensors float32).
 
     Args:
         entries: by the matrix's name in GGUF. datasets: names of the texts. chunk: tokens of a sample.
     """
-    import gguf
     import numpy as np
 
-    writer = gguf.GGUFWriter(path, "imatrix")
-    writer.kv_data[0].clear()  # an imatrix has no architecture
-    writer.add_type("imatrix")
-    writer.add_array("imatrix.datasets", list(datasets))
     tokens = max((int(entry.counts.max()) for entry in entries.values()), default=0)
-    writer.add_uint32("imatrix.chunk_count", -(-tokens // chunk))
-    writer.add_uint32("imatrix.chunk_size", chunk)
+    names = [_text(name) for name in datasets]
+    metadata = {
+        "general.type": struct.pack("<I", _STRING) + _text("imatrix"),
+        "imatrix.datasets": struct.pack("<IIQ", _ARRAY, _STRING, len(names)) + b"".join(names),
+        "imatrix.chunk_count": struct.pack("<II", _UINT32, -(-tokens // chunk)),
+        "imatrix.chunk_size": struct.pack("<II", _UINT32, chunk),
+    }
+    infos, data = [], bytearray()
     for name, entry in sorted(entries.items()):
-        writer.add_tensor(name + _SUMS, np.ascontiguousarray(entry.sums, np.float32))
-        writer.add_tensor(name + _COUNTS, np.ascontiguousarray(entry.counts, np.float32).reshape(-1, 1))
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+        for end, array in ((_SUMS, entry.sums), (_COUNTS, entry.counts.reshape(-1, 1))):
+            shape = struct.pack("<I", array.ndim) + struct.pack(f"<{array.ndim}Q", *array.shape[::-1])
+            infos.append(_text(name + end) + shape + struct.pack("<IQ", _FLOAT32, len(data)))
+            data += _padded(array.astype("<f4").tobytes())
+    header = struct.pack("<4sIQQ", b"GGUF", 3, len(infos), len(metadata))
+    header += b"".join(_text(key) + value for key, value in metadata.items())
+    return _padded(header + b"".join(infos)) + bytes(data)
+
+
+def _text(text: str) -> bytes:
+    data = text.encode()
+    return struct.pack("<Q", len(data)) + data
+
+
+def _padded(data: bytes) -> bytes:
+    return data + b"\0" * (-len(data) % _ALIGNMENT)
 
 
 def read_imatrix(path: Path) -> dict[str, np.ndarray[Any, Any]]:

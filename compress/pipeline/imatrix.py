@@ -1,0 +1,60 @@
+"""imatrix.gguf of a run: the mean squares of the inputs of the output's matrices, as llama.cpp's quantisation reads them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from compress.pipeline.state import Run
+
+NAME = "imatrix.gguf"
+
+
+def imatrix_of(run: Run) -> bytes | None:
+    """The file's contents, from the last stage that measured inputs.
+
+    None where no stage did, where a later one changed the shapes of tensors, and for families that GGUF has not.
+    """
+    from compress.architectures.gguf import UnwritableError, gguf_layout
+    from compress.blockwise.input_squares import read_input_squares
+    from compress.checkpoint.open import open_checkpoint
+
+    shapes: dict[str, tuple[int, ...]] | None = None
+    for key in reversed(run.keys):
+        spec = open_checkpoint(run.folder.stages / key, trust_remote_code=True).spec
+        here = {t.name: t.shape for t in spec.stored()}
+        if shapes is not None and here != shapes:
+            return None
+        shapes = here
+        if (path := run.folder.inputs(key)).exists():
+            try:
+                layout = gguf_layout(spec.structure.config, shapes)
+            except UnwritableError:
+                return None
+            return _contents(run, layout.tensors, shapes, read_input_squares(path))
+    return None
+
+
+def _contents(run: Run, places: Any, shapes: dict[str, tuple[int, ...]], squares: Any) -> bytes | None:
+    import numpy as np
+
+    from compress.exports.gguf.imatrix import Importance, imatrix_bytes
+
+    experts: dict[str, dict[int, tuple[Any, int]]] = {}
+    for name, (means, tokens) in squares.items():
+        place = places.get(name)
+        if place is not None and shapes[name][-2 if place.transposed else -1] == len(means):
+            experts.setdefault(place.name, {})[place.expert or 0] = (means, tokens)
+    entries = {}
+    for name, found in experts.items():
+        width = len(next(iter(found.values()))[0])
+        sums, counts = np.zeros((1 + max(found), width), np.float32), np.zeros(1 + max(found), np.float32)
+        for expert, (means, tokens) in found.items():
+            sums[expert], counts[expert] = means.numpy() * tokens, tokens
+        entries[name] = Importance(sums, counts)
+    if not entries:
+        return None
+    section = run.recipe.data.calibration
+    names = [Path(str(file)).name for file in (section.files if section is not None else None) or ()]
+    return imatrix_bytes(entries, names or ["calibration"], section.length if section is not None else 512)
