@@ -1,8 +1,8 @@
 """What llama.cpp's kernels for codes lose: `make bench-gguf-inputs [MODEL= HELDOUT=]`, a section of docs/benchmarks.md.
 
 The matrices of MODEL are rounded to int4, and the result is exported to GGUF. KL is from that checkpoint in transformers,
-float32, so a file shows only what the runtime rounds. Beside it: transformers with the kernels' rule, which rounds the inputs of
-each product to 8 bits with a float16 scale for 32 of them (``block_q8_0`` in ggml-common.h).
+float32, so a file shows only what the runtime rounds. Beside it: transformers with the kernels' rule, which rounds the inputs
+of each product to 8 bits with a float16 scale for 32 of them (``block_q8_0`` in ggml-common.h).
 """
 
 from __future__ import annotations

@@ -33,7 +33,6 @@ def imatrix_bytes(entries: Mapping[str, Importance], datasets: Iterable[str], ch
     Args:
         entries: by the matrix's name in GGUF. datasets: names of the texts. chunk: tokens of a sample.
     """
-    import numpy as np
 
     tokens = max((int(entry.counts.max()) for entry in entries.values()), default=0)
     names = [_text(name) for name in datasets]
