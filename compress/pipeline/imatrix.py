@@ -9,6 +9,8 @@ if TYPE_CHECKING:
     from compress.pipeline.state import Run
 
 NAME = "imatrix.gguf"
+#: Tokens of a sample where the recipe names none, which is llama-imatrix's own number.
+_CHUNK = 512
 
 
 def imatrix_of(run: Run) -> bytes | None:
@@ -56,5 +58,6 @@ def _contents(run: Run, places: Any, shapes: dict[str, tuple[int, ...]], squares
     if not entries:
         return None
     section = run.recipe.data.calibration
-    names = [Path(str(file)).name for file in (section.files if section is not None else None) or ()]
-    return imatrix_bytes(entries, names or ["calibration"], section.length if section is not None else 512)
+    assert section is not None  # a calibrated pass has read it
+    names = [Path(file).name for file in section.files]
+    return imatrix_bytes(entries, names or ["calibration"], section.length or _CHUNK)
