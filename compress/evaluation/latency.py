@@ -9,26 +9,19 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import subprocess
 import sys
-import tempfile
-import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from functools import partial
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from compress.checkpoint.sidecars import LinkedFolder
-from compress.errors import CheckpointError, CompressError, ResourceError
 from compress.evaluation.latency_lengths import Lengths
 from compress.evaluation.latency_settings import GENERATED, PROMPT, LatencySettings
+from compress.evaluation.worker import Worker, in_turns, started
 from compress.memory import available_memory, resident_memory
 from compress.progress import Progress, SilentProgress
-
-#: Rounds: as many as fit into ``SECONDS``, within these bounds.
-SECONDS, FEWEST, MOST = 8.0, 10, 40
-#: Seconds without an answer after which a worker is killed.
-PATIENCE = 900.0
 
 
 def measure_latency(
@@ -77,9 +70,9 @@ def measure_latency(
         task["decode"] = all(f["generates"] for f in facts)
         for worker in workers:
             _ask(worker, "warm", task)
-        rounds, samples = _rounds(workers, task, progress or SilentProgress())
+        samples = in_turns(workers, {"do": "round", **task}, "latency", progress or SilentProgress())
         memory = [_ask(worker, "memory", task)["bytes"] for worker in workers]
-        result = _summary(samples, memory, task, rounds, seed)
+        result = _summary(samples, memory, task, seed)
         if lengths is not None and lengths.lengths:
             asks = [partial(_command, worker) for worker in workers]
             room = partial(_room, max_ram)
@@ -89,25 +82,6 @@ def measure_latency(
     return result
 
 
-def _rounds(
-    workers: Sequence[_Worker], task: dict[str, Any], progress: Progress
-) -> tuple[int, list[dict[str, list[float]]]]:
-    """Number of rounds, and each worker's seconds by name; a second, timed warm-up tells how many rounds fit."""
-    once = sum(_ask(worker, "round", task)["seconds"] for worker in workers)
-    rounds = int(max(FEWEST, min(MOST, SECONDS / max(once, 1e-6))))
-    samples: list[dict[str, list[float]]] = [{"prefill": [], "decode": []} for _ in workers]
-    with progress.task("latency", rounds, "rounds") as bar:
-        for number in range(rounds):
-            order = range(len(workers)) if number % 2 == 0 else reversed(range(len(workers)))
-            for i in order:
-                answer = _ask(workers[i], "round", task)
-                for name in ("prefill", "decode"):
-                    if answer[name] is not None:
-                        samples[i][name].append(answer[name])
-            bar.advance()
-    return rounds, samples
-
-
 def _room(max_ram: int | None, workers: int) -> int:
     """Bytes left for a prompt, where the workers hold so many."""
     left = available_memory()
@@ -115,13 +89,13 @@ def _room(max_ram: int | None, workers: int) -> int:
 
 
 def _summary(
-    samples: list[dict[str, list[float]]], memory: list[int], task: dict[str, Any], rounds: int, seed: int
+    samples: list[dict[str, list[float]]], memory: list[int], task: dict[str, Any], seed: int
 ) -> dict[str, dict[str, Any]]:
     from compress.statistics import median_ratio, quantile
 
     result: dict[str, dict[str, Any]] = {}
     for i, side in enumerate(("original", "candidate")):
-        entry: dict[str, Any] = {"rounds": rounds, "prompt": task["prompt"], "generated": task["generated"]}
+        entry: dict[str, Any] = {"rounds": len(samples[i]["prefill"]), "prompt": task["prompt"], "generated": task["generated"]}
         for name in ("prefill", "decode"):
             mine = samples[i][name]
             if not mine:
@@ -138,73 +112,19 @@ def _summary(
     return result
 
 
-class _Worker:
-    """A process that answers each line of JSON with a line of JSON."""
-
-    def __init__(self, process: subprocess.Popen[str], errors: IO[str]) -> None:
-        self.process = process
-        self.errors = errors
-
-    def answer(self) -> dict[str, Any]:
-        assert self.process.stdout is not None
-        timer = threading.Timer(PATIENCE, self.process.kill)
-        timer.start()
-        try:
-            line = self.process.stdout.readline()
-        finally:
-            timer.cancel()
-        if not line:
-            status = self.process.wait()
-            self.errors.seek(0)
-            last = ([x.strip() for x in self.errors.read().splitlines() if x.strip()] or [""])[-1][:300]
-            if status == -9:
-                raise ResourceError("the process that measures latency was killed", fix="it may need more memory")
-            raise CompressError(f"the process that measures latency ended with status {status}: {last}")
-        data: dict[str, Any] = json.loads(line)
-        if "error" in data:
-            if data.get("resources"):
-                raise ResourceError(data["error"])
-            raise CheckpointError(data["error"])
-        return data
-
-    def send(self, data: dict[str, Any]) -> None:
-        assert self.process.stdin is not None
-        with contextlib.suppress(BrokenPipeError):  # `answer` raises the reason
-            self.process.stdin.write(json.dumps(data) + "\n")
-            self.process.stdin.flush()
-
-
-def _ask(worker: _Worker, what: str, task: dict[str, Any]) -> dict[str, Any]:
+def _ask(worker: Worker, what: str, task: dict[str, Any]) -> dict[str, Any]:
     return _command(worker, {"do": what, **task})
 
 
-def _command(worker: _Worker, command: Mapping[str, Any]) -> dict[str, Any]:
+def _command(worker: Worker, command: Mapping[str, Any]) -> dict[str, Any]:
     worker.send(dict(command))
     return worker.answer()
 
 
-@contextlib.contextmanager
-def _worker(settings: dict[str, Any]) -> Iterator[_Worker]:
-    """Start a worker and kill it at the end. It also ends when its stdin closes."""
+def _worker(settings: dict[str, Any]) -> AbstractContextManager[Worker]:
+    """A process that times a model in transformers."""
     environment = {**os.environ, "OMP_WAIT_POLICY": "PASSIVE", "TOKENIZERS_PARALLELISM": "false"}
     root = str(Path(__file__).resolve().parents[2])
     environment["PYTHONPATH"] = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))
-    with tempfile.TemporaryFile("w+") as errors:
-        process = subprocess.Popen(
-            [sys.executable, "-m", "compress.evaluation.latency_worker", json.dumps(settings)],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=errors,
-            text=True,
-            env=environment,
-            start_new_session=True,  # this process handles Ctrl-C
-        )
-        try:
-            yield _Worker(process, errors)
-        finally:
-            process.kill()
-            process.wait()
-            for pipe in (process.stdin, process.stdout):
-                if pipe is not None:
-                    with contextlib.suppress(BrokenPipeError):
-                        pipe.close()
+    command = [sys.executable, "-m", "compress.evaluation.latency_worker", json.dumps(settings)]
+    return started(command, environment, "latency")

@@ -11,6 +11,7 @@ import pytest
 
 from compress.errors import CheckpointError, CompressError
 from compress.evaluation import latency
+from compress.evaluation import worker as turns
 from compress.evaluation.latency_settings import LatencySettings
 from tests import pico
 from tests.processes import Process
@@ -34,7 +35,7 @@ def forked(monkeypatch):
         made.append(Process(code, *command[3:], environment=env, stdin=True))
         return made[-1]
 
-    monkeypatch.setattr(latency, "subprocess", SimpleNamespace(Popen=start, PIPE=subprocess.PIPE))
+    monkeypatch.setattr(turns, "subprocess", SimpleNamespace(Popen=start, PIPE=subprocess.PIPE))
     return made
 
 
@@ -44,16 +45,16 @@ def ended(made):
 
 @pytest.mark.slow
 def test_latency_compares_two_models(tmp_path, pico_llama, monkeypatch):
-    monkeypatch.setattr(latency, "SECONDS", 0.1)
+    monkeypatch.setattr(turns, "SECONDS", 0.1)
     large = pico.save(tmp_path / "large", num_hidden_layers=24)
     lengths = LatencySettings(lengths=(8, 40), generated=2, rounds=2)
     found = latency.measure_latency([large, pico_llama], dtype="float32", device="cpu", threads=1, lengths=lengths)
     for side in found.values():
-        assert side["rounds"] == latency.FEWEST
+        assert side["rounds"] == turns.FEWEST
         assert side["prompt"] + side["generated"] <= 64
         for name in ("prefill", "decode"):
             timing = side[name]
-            assert len(timing["samples"]) == latency.FEWEST
+            assert len(timing["samples"]) == turns.FEWEST
             assert 0 < min(timing["samples"]) <= timing["median"] <= timing["p90"] <= max(timing["samples"])
         assert side["memory"]["peak"] > 0
         assert [row["length"] for row in side["lengths"]] == [8, 40]
@@ -68,7 +69,7 @@ def test_latency_compares_two_models(tmp_path, pico_llama, monkeypatch):
 
 
 def test_latency_refuses_model_that_cannot_generate(tmp_path, monkeypatch, forked):
-    monkeypatch.setattr(latency, "SECONDS", 0.1)
+    monkeypatch.setattr(turns, "SECONDS", 0.1)
     bert = pico.save(tmp_path / "bert", "bert")
     found = latency.measure_latency([bert, bert], dtype="float32", device="cpu", threads=1)
     assert found["candidate"]["decode"] is None

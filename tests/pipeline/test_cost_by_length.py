@@ -5,13 +5,13 @@ import json
 import pytest
 
 import compress
-from compress.evaluation import latency
+from compress.evaluation import worker
 from tests import pico
 
 
 @pytest.mark.slow  # four interpreters
 def test_run_reports_cost_by_length_and_gates_judge_it(tmp_path, monkeypatch):
-    monkeypatch.setattr(latency, "SECONDS", 0.1)
+    monkeypatch.setattr(worker, "SECONDS", 0.1)
     model = pico.save(tmp_path / "in", "mistral", sliding_window=None)
     recipe = {
         "model": str(model),
