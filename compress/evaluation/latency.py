@@ -95,7 +95,11 @@ def _summary(
 
     result: dict[str, dict[str, Any]] = {}
     for i, side in enumerate(("original", "candidate")):
-        entry: dict[str, Any] = {"rounds": len(samples[i]["prefill"]), "prompt": task["prompt"], "generated": task["generated"]}
+        entry: dict[str, Any] = {
+            "rounds": len(samples[i]["prefill"]),
+            "prompt": task["prompt"],
+            "generated": task["generated"],
+        }
         for name in ("prefill", "decode"):
             mine = samples[i][name]
             if not mine:
