@@ -49,10 +49,10 @@ def _contents(run: Run, places: Any, shapes: dict[str, tuple[int, ...]], squares
         if place is not None and shapes[name][-2 if place.transposed else -1] == len(means):
             experts.setdefault(place.name, {})[place.expert or 0] = (means, tokens)
     entries = {}
-    for name, found in experts.items():
-        width = len(next(iter(found.values()))[0])
-        sums, counts = np.zeros((1 + max(found), width), np.float32), np.zeros(1 + max(found), np.float32)
-        for expert, (means, tokens) in found.items():
+    for name, rows in experts.items():
+        width = len(next(iter(rows.values()))[0])
+        sums, counts = np.zeros((1 + max(rows), width), np.float32), np.zeros(1 + max(rows), np.float32)
+        for expert, (means, tokens) in rows.items():
             sums[expert], counts[expert] = means.numpy() * tokens, tokens
         entries[name] = Importance(sums, counts)
     if not entries:
