@@ -7,7 +7,7 @@ BIN    := $(VENV)/bin
 WORKERS ?= 2
 STAMP  := $(VENV)/.ready
 
-.PHONY: wheel setup quickstart test test-unit test-browser test-all check check-types check-rest bench bench-start bench-prune bench-distill bench-recover bench-share bench-structured bench-depth bench-minutes bench-cast bench-effort bench-versus bench-peers bench-schemes bench-tables bench-scale bench-memory bench-gpu bench-gguf bench-gguf-inputs bench-rounded bench-attention families runtimes same-bytes docs clean
+.PHONY: wheel setup quickstart test test-unit test-browser test-all check check-types check-rest bench bench-start bench-prune bench-distill bench-recover bench-share bench-structured bench-depth bench-minutes bench-cast bench-effort bench-versus bench-peers bench-schemes bench-tables bench-copy bench-scale bench-memory bench-gpu bench-gguf bench-gguf-inputs bench-rounded bench-attention families runtimes same-bytes docs clean
 
 setup: $(STAMP)
 
@@ -120,6 +120,9 @@ bench-peers: $(STAMP)
 # PEER= is the python of an environment of its own with llmcompressor; ARGS="--schemes FP8_BLOCK W8A8"
 bench-schemes: $(STAMP)
 	$(BIN)/python -m benchmarks.schemes --peer $(PEER) $(if $(MODEL),--model $(MODEL)) $(if $(TRAIN),--train $(TRAIN)) $(if $(HELDOUT),--heldout $(HELDOUT)) $(ARGS)
+
+bench-copy: $(STAMP)
+	$(BIN)/python -m benchmarks.copy $(if $(MODEL),--model $(MODEL)) $(ARGS)
 
 bench-tables: $(STAMP)
 	$(BIN)/python -m benchmarks.tables $(if $(MODEL),--model $(MODEL)) $(if $(HELDOUT),--heldout $(HELDOUT)) $(ARGS)

@@ -46,9 +46,13 @@ def main() -> None:
         save_file({"ids": samples.ids.contiguous()}, scratch / "ids.safetensors")
 
         def row(scheme: str, tool: str, folder: Path, seconds: float) -> None:
-            scores = texts.score(compress.load(folder, dtype="float32"))
+            try:
+                cells = texts.cells([texts.score(compress.load(folder, dtype="float32"))])
+            except compress.CompressError as error:
+                print(error, flush=True)
+                cells = ["not readable"] * len(scoring.COLUMNS)
             size = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
-            rows.append([scheme, tool, *texts.cells([scores]), f"{size:,}", f"{seconds:.0f}"])
+            rows.append([scheme, tool, *cells, f"{size:,}", f"{seconds:.0f}"])
             print(" | ".join(rows[-1]), flush=True)
             shutil.rmtree(folder)
 

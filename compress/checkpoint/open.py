@@ -65,6 +65,7 @@ class Stored(Checkpoint):
         self.files = tuple(headers)
         self.metadata = _metadata(headers)
         self._where = {key: (file, header, e) for file, header in headers.items() for key, e in header.entries.items()}
+        self.entries = {key: entry for key, (_, _, entry) in self._where.items()}
 
     def tensor(self, name: str) -> Value:
         """Value of a tensor, read by pread into fresh memory, so that no mapped pages stay resident."""

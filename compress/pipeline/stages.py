@@ -25,6 +25,7 @@ from compress.formatting import format_bytes
 from compress.memory import compares_logits, give_back_freed, peak_memory, reset_peak
 from compress.passes.details import PassDetails
 from compress.pipeline.forecast import Forecast, predicted_seconds
+from compress.pipeline.formats_alone import check_codes_config, formats_alone, streams
 from compress.pipeline.state import Run
 from compress.pipeline.workers import Job, dispatch
 from compress.planning import PlannedPass, PlannedStage, Size, planned_size, size_on_disk
@@ -47,7 +48,7 @@ def run_stages(run: Run) -> list[dict[str, Any]]:
     run.check_disk(missing)
     run.check_samples(missing)
     _prepare_passes(run, missing)
-    if missing and missing[0] is run.plan.stages[0]:
+    if missing and missing[0] is run.plan.stages[0] and not _needs_no_class(run, missing):
         from compress.models.classes import has_class
         from compress.models.loading import check_keys
 
@@ -161,7 +162,17 @@ def apply_stage(
         checkpoint, folder, store=recipe.store, max_shard=recipe.max_shard_size, progress=run.progress
     )
     stored = open_checkpoint(written.folder, trust_remote_code=recipe.trust_remote_code)
+    if not run.measures and streams([stage]) and formats_alone(before.spec, stored.spec):
+        start = time.perf_counter()
+        check_codes_config(stored)
+        return Applied(written, stored, applied, time.perf_counter() - start)
     return Applied(written, stored, applied, check_result(stored, checkpoint, recipe.max_ram, before))
+
+
+def _needs_no_class(run: Run, missing: list[PlannedStage]) -> bool:
+    """Whether a run changes number formats alone, and measures nothing."""
+    last = missing[-1].passes[-1].spec
+    return not run.measures and streams(missing) and formats_alone(run.original.spec, last)
 
 
 def _resume(run: Run, stage: PlannedStage, before: Stored, print_: str, key: str) -> dict[str, Any]:
