@@ -23,6 +23,7 @@ from compress.checkpoint.files import ReadBytes, SameBytes, read_bytes, read_jso
 from compress.checkpoint.gguf.opening import GgufContents, gguf_contents, with_tokenizer
 from compress.checkpoint.headers import Header
 from compress.checkpoint.layout import METADATA_KEY, SINGLE_NAME
+from compress.checkpoint.older_keys import without_older_keys
 from compress.checkpoint.remote import without_code
 from compress.checkpoint.sidecars import find_sidecars
 from compress.checkpoint.storage import CODECS, parts
@@ -254,7 +255,7 @@ def _spec(
         contents: of a GGUF file, which has its tensors and their sources.
     """
     compact = config["model_type"] == COMPACT_TYPE
-    stock, chosen = tidy.without_choices(config["base"] if compact else config)
+    stock, chosen = tidy.without_choices(config["base"] if compact else without_older_keys(config))
     if compact:
         stock.pop("auto_map", None)  # compact checkpoints bring only the bundled file, which loads a stock class
     edits = structure_edits.from_json(config.get("edits"), f"{where}/config.json") if compact else ()

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from compress.checkpoint import bundle, edits
 from compress.checkpoint.layout import INDEX_NAME, Layout, Shard, lay_out
+from compress.checkpoint.older_keys import with_older_keys
 from compress.checkpoint.open import COMPACT_TYPE, open_checkpoint
 from compress.checkpoint.sidecars import copy_sidecars
 from compress.checkpoint.storage import encode, parts
@@ -214,7 +215,7 @@ def _content(spec: Spec, hashes: Mapping[str, str]) -> str:
 
 
 def render_config(spec: Spec) -> bytes:
-    """``config.json``: the stock config, or the compact one that wraps it."""
+    """``config.json``: the stock config, also under older names of its fields, or the compact one that wraps it."""
     config = dict(spec.structure.config)
     if needs_code(spec):
         config = {
@@ -226,8 +227,10 @@ def render_config(spec: Spec) -> bytes:
             "edits": edits.to_json(spec.structure.edits),
             "base": {k: v for k, v in config.items() if k != "auto_map"},
         }
-    elif (quantised := compressed_tensors.render(spec)) is not None:
-        config[compressed_tensors.KEY] = quantised
+    else:
+        config = with_older_keys(config)
+        if (quantised := compressed_tensors.render(spec)) is not None:
+            config[compressed_tensors.KEY] = quantised
     return (json.dumps(config, indent=2, sort_keys=True, ensure_ascii=False) + "\n").encode()
 
 
