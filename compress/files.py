@@ -111,6 +111,23 @@ def temporary(folder: Path) -> Iterator[Path]:
             os.close(held)
 
 
+def link_tree(source: Path, target: Path) -> None:
+    """Hard-link every file below ``source`` into the folder ``target``, or copy it; links stay links.
+
+    shutil.copytree would collect errors of the file system as text, without their numbers.
+    """
+    for path in sorted(source.iterdir()):
+        new = target / path.name
+        if path.is_dir() and not path.is_symlink():
+            new.mkdir()
+            link_tree(path, new)
+            continue
+        try:
+            os.link(path, new, follow_symlinks=False)
+        except OSError:
+            shutil.copy2(path, new, follow_symlinks=False)
+
+
 def leftovers(folder: Path, name: str | None = None) -> list[Path]:
     """Temporary paths of dead processes in a folder; only those of ``name`` where it is given."""
     try:

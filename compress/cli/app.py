@@ -30,6 +30,7 @@ from compress.cli.options import (
     Offline,
     OutputOption,
     PresetOption,
+    PublishAnyway,
     Quiet,
     ReadData,
     RecipeFiles,
@@ -38,6 +39,7 @@ from compress.cli.options import (
     Resolved,
     Separator,
     Sets,
+    SharedOption,
     Streaming,
     Stride,
     Template,
@@ -45,6 +47,7 @@ from compress.cli.options import (
     Trust,
     Window,
 )
+from compress.cli.sweep import sweep
 
 app = typer.Typer(
     name="compress",
@@ -100,9 +103,8 @@ def run(
     output: OutputOption = None,
     sets: Sets = None,
     fresh: Annotated[bool, typer.Option("--fresh", help="Run every stage again.")] = False,
-    publish_anyway: Annotated[
-        bool, typer.Option("--publish-anyway", help="Publish the result even if a gate fails.")
-    ] = False,
+    publish_anyway: PublishAnyway = False,
+    shared: SharedOption = None,
     offline: Offline = False,
     json: AsJson = False,
     quiet: Quiet = False,
@@ -121,6 +123,7 @@ def run(
         output=output,
         fresh=fresh,
         publish_anyway=publish_anyway,
+        shared=shared,
         offline=offline,
         json=json,
         quiet=quiet,
@@ -395,3 +398,4 @@ def clean(
 
 
 app.command()(export)
+app.command()(sweep)

@@ -12,7 +12,7 @@ from compress.errors import CompressError
 
 #: Groups of commands by the job they do.
 GROUPS = {
-    "Recipes": ("init", "check", "plan", "run"),
+    "Recipes": ("init", "check", "plan", "run", "sweep"),
     "Quality": ("eval", "gate", "report"),
     "Checkpoints": ("inspect", "diff", "unpack", "export"),
     "Reference": ("passes", "schema"),
@@ -31,6 +31,11 @@ EXAMPLES = {
         "compress run recipe.yaml",
         "compress run recipe.yaml --set passes.0.cast.weights=int8 \\\n      --set output=out/int8",
         "compress run --preset W4A16 MODEL -o out/model-w4a16",
+    ),
+    "sweep": (
+        "compress sweep sweep.yaml",
+        "compress sweep sweep.yaml --workers 2",
+        "compress sweep --join out/model.sweep",
     ),
     "check": ("compress check recipe.yaml", "compress check recipe.yaml --data --format github"),
     "plan": ("compress plan recipe.yaml --minutes",),
@@ -130,6 +135,9 @@ WORDS = {
     "prune": "run",
     "oneshot": "run",
     "apply": "run",
+    "search": "sweep",
+    "tune": "sweep",
+    "optimize": "sweep",
     "convert": "export",
     "gguf": "export",
     "onnx": "export",

@@ -25,6 +25,15 @@ PresetOption = Annotated[
 OutputOption = Annotated[
     Path | None, typer.Option("--output", "-o", help="Folder to write, in place of the recipe's.", metavar="FOLDER")
 ]
+PublishAnyway = Annotated[bool, typer.Option("--publish-anyway", help="Publish the result even if a gate fails.")]
+SharedOption = Annotated[
+    Path | None,
+    typer.Option(
+        "--shared",
+        help="Take finished stages and measurements from this folder, and put new ones there, for other runs.",
+        metavar="FOLDER",
+    ),
+]
 Goal = Annotated[
     str,
     typer.Option(

@@ -17,7 +17,7 @@ from compress.evaluation.latency_settings import LatencySettings
 from compress.evaluation.scorer import Scorer
 from compress.evaluation.tasks import OF_PASSES, SPEED_METRICS, TEXT_METRICS
 from compress.pipeline.datasets import DataSets
-from compress.pipeline.fingerprint import fingerprint, versions
+from compress.pipeline.fingerprint import fingerprint, hash_input, versions
 from compress.pipeline.folder import RunFolder
 from compress.progress import Progress
 from compress.settings import Settings
@@ -49,7 +49,7 @@ class Evaluations:
     def add(self, original: Stored, rows: list[dict[str, Any]]) -> None:
         """Put ``evaluation`` and ``latency`` into each stage's row; latency of the last stage only."""
         wanted = set(self.recipe.metrics)
-        self._input = rows[0]["fingerprint"]  # covers the original's contents
+        self._input = hash_input(original, self.folder.inputs())
         for row in rows:
             row["evaluation"] = row["latency"] = None
         if wanted & TEXT_METRICS and self.data.files("evaluation"):

@@ -9,16 +9,20 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from stat import S_ISREG
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from compress.errors import OutputError
 from compress.files import disk_errors, place, read_json, read_record, remove, write_record
 from compress.pipeline.contents import compare, entries, restamped, tabulate
+from compress.pipeline.shared import SharedWork
 from compress.workspace import Workspace
+
+if TYPE_CHECKING:
+    from compress.progress import Progress
 
 _STAGE, _MEASUREMENT, _PUBLISHED, _CURRENT = (
     f"compress.{name}/2" for name in ("stage", "measurement", "published", "current")
@@ -33,17 +37,22 @@ _INPUTS = ".inputs.safetensors"
 class RunFolder:
     """Paths below a run folder. ``stages/<key>`` holds a checkpoint, ``stages/<key>.json`` the record of its stage.
 
-    ``read``: names of the measurements that this process used.
+    ``read``: names of the measurements that this process used. ``shared``: work that other run folders have too.
     """
 
     path: Path
     read: set[str] = field(default_factory=set, compare=False)
+    shared: SharedWork | None = None
 
     @classmethod
-    def of(cls, output: Path) -> RunFolder:
+    def of(cls, output: Path, shared: SharedWork | None = None) -> RunFolder:
         """The run folder of an output. Raises `OutputError` where the output names no folder."""
         output = place(output)
-        return cls(output.with_name(f"{output.name}.run"))
+        return cls(output.with_name(f"{output.name}.run"), shared=shared)
+
+    def inputs(self, name: str = "inputs") -> Path:
+        """The file of known hashes of a checkpoint that runs read."""
+        return (self.path if self.shared is None else self.shared.path) / f"{name}.json"
 
     @property
     def stages(self) -> Path:
@@ -242,8 +251,33 @@ class RunFolder:
     def cached(self, name: str, compute: Callable[[], dict[str, Any]], *, fresh: bool = False) -> dict[str, Any]:
         """The measurement ``name``: as an earlier run left it, or else from ``compute``, and kept (`Workspace.cached`)."""
         self.read.add(name)
-        value: dict[str, Any] = Workspace(self.measurements, kind=_MEASUREMENT).cached(name, compute, fresh=fresh)
+        own = Workspace(self.measurements, kind=_MEASUREMENT)
+        value: dict[str, Any]
+        if self.shared is None:
+            value = own.cached(name, compute, fresh=fresh)
+        else:
+            value = self.shared.cached(name, self.measurements, lambda: own.cached(name, compute))
         return value
+
+    @contextlib.contextmanager
+    def claimed(self, key: str, progress: Progress) -> Iterator[dict[str, Any] | None]:
+        """Context in which a missing stage is computed here alone. Its record, where another run has just computed it."""
+        if self.shared is None:
+            yield None
+            return
+        with self.shared.claimed(key, progress):
+            record = self.find(key, contents=True) if self.shared.bring(key, self.stages) else None
+            yield record
+            if record is None:
+                self.shared.keep(key, self.stages)
+
+    def bring(self, keys: Iterable[str]) -> None:
+        """Take the stages that are shared and missing here."""
+        for key in keys if self.shared is not None else ():
+            assert self.shared is not None
+            if self._record(key) is None and (self.shared.stages / f"{key}.json").exists():
+                with self.shared.claimed(key):
+                    self.shared.bring(key, self.stages)
 
     def published(self) -> dict[str, Any]:
         """``recipe``, ``report`` (SHA-256) and ``files`` of the last published result; empty where unknown."""

@@ -125,6 +125,14 @@ def hopeless_gates(recipe: Recipe, plan: Plan) -> list[str]:
     return sentences
 
 
+def planned_gates(recipe: Recipe, plan: Plan) -> list[GateResult]:
+    """The gates on size, parameters and cache, judged by the plan; none where it is not exact."""
+    if not plan.stages[-1].passes[-1].spec.exact:
+        return []
+    gates = recipe.gates.model_dump(exclude_none=True)
+    return judge({name: gates[name] for name in ("size", "parameters", "cache") if name in gates}, *_sizes(plan))
+
+
 def _cache_rows(recipe: Recipe, plan: Plan) -> list[GateResult]:
     """The gates on the cache, judged by the plan."""
     return judge({"cache": recipe.gates.model_dump(exclude_none=True).get("cache", ())}, *_sizes(plan))

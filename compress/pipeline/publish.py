@@ -5,13 +5,12 @@ from __future__ import annotations
 import ctypes
 import json
 import os
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from compress.errors import CheckpointError, OutputError
-from compress.files import SIZE, disk_errors, read_json, remove, temporary, write_atomically
+from compress.files import SIZE, disk_errors, link_tree, read_json, remove, temporary, write_atomically
 from compress.pipeline.contents import PROVENANCE, Table, compare, restamped, row_of
 from compress.pipeline.fingerprint import fingerprint
 
@@ -162,7 +161,7 @@ def publish(
         CheckpointError: the stage's files have changed since they were written. OutputError: the output is somebody else's.
     """
     with temporary(output) as temp:
-        _link_tree(stage, temp)
+        link_tree(stage, temp)
         changed, table = compare(temp, files, contents=True)
         if changed:
             raise CheckpointError(
@@ -200,23 +199,6 @@ def _free(output: Path) -> Path:
     while os.path.lexists(path := output.with_name(f"{output.name}.changed-{number}")):
         number += 1
     return path
-
-
-def _link_tree(source: Path, target: Path) -> None:
-    """Hard-link every file below ``source`` into the folder ``target``, or copy it; links stay links.
-
-    shutil.copytree would collect errors of the file system as text, without their numbers.
-    """
-    for path in sorted(source.iterdir()):
-        new = target / path.name
-        if path.is_dir() and not path.is_symlink():
-            new.mkdir()
-            _link_tree(path, new)
-            continue
-        try:
-            os.link(path, new, follow_symlinks=False)
-        except OSError:
-            shutil.copy2(path, new, follow_symlinks=False)
 
 
 def _old(output: Path) -> Path:

@@ -23,6 +23,7 @@ from compress.pipeline.fingerprint import versions
 from compress.pipeline.machine import machine, resolve_device
 from compress.pipeline.publish import recover
 from compress.pipeline.results import RunReport, RunResult
+from compress.pipeline.shared import SharedWork
 from compress.pipeline.stages import run_stages
 from compress.pipeline.state import Run
 from compress.pipeline.trackers import track
@@ -42,6 +43,7 @@ def run(
     *,
     fresh: bool = False,
     publish_anyway: bool = False,
+    shared: Path | None = None,
     progress: Progress | None = None,
     recipe_path: str | None = None,
 ) -> RunResult:
@@ -52,6 +54,7 @@ def run(
     Args:
         fresh: compute every stage and measurement anew.
         publish_anyway: publish although a gate failed or was inconclusive (the verdict stays).
+        shared: a folder of stages and measurements that other runs share: what it holds is taken, what it lacks is put there.
 
     Raises:
         CompressError: the recipe cannot run here; nothing at the output has changed.
@@ -60,7 +63,14 @@ def run(
         if processes.rank:
             worker_loop(processes)
             raise SystemExit(0)
-        result = _run(Run(recipe, progress or SilentProgress(), fresh, processes), publish_anyway, recipe_path)
+        state = Run(
+            recipe,
+            progress or SilentProgress(),
+            fresh,
+            processes,
+            shared=None if shared is None else SharedWork.at(shared),
+        )
+        result = _run(state, publish_anyway, recipe_path)
         processes.broadcast_object(0, None)
     return result
 

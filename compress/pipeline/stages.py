@@ -43,6 +43,8 @@ def run_stages(run: Run) -> list[dict[str, Any]]:
         for key in run.keys:
             run.folder.drop(key)
             remove(run.folder.work(key))
+    else:
+        run.folder.bring(run.keys)
     known = _finished(run)
     missing = [s for s, row in zip(run.plan.stages, known, strict=True) if row is None]
     run.check_disk(missing)
@@ -60,10 +62,13 @@ def run_stages(run: Run) -> list[dict[str, Any]]:
     for stage, print_, key, row in zip(run.plan.stages, prints, run.keys, known, strict=True):
         title = " + ".join(p.name for p in stage.passes)
         run.progress.stage(stage.index, run.parts, title)
-        if not (reused := row is not None):
-            run.folder.drop(key)
-            with refused(before.spec, title):
-                row = _resume(run, stage, before, print_, key)
+        reused = row is not None
+        if row is None:
+            with run.folder.claimed(key, run.progress) as row:
+                if not (reused := row is not None):
+                    run.folder.drop(key)
+                    with refused(before.spec, title):
+                        row = _resume(run, stage, before, print_, key)
         assert row is not None
         before = open_checkpoint(run.folder.stages / key, trust_remote_code=run.recipe.trust_remote_code)
         row["size"] = row["passes"][-1]["actual"] = asdict(size_on_disk(before))  # as it is, whatever a record says

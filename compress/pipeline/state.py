@@ -20,6 +20,7 @@ from compress.pipeline.folder import RunFolder
 from compress.pipeline.hub_data import check_hub_data, with_hub_data
 from compress.pipeline.machine import resolve_device
 from compress.pipeline.preflight import check_folders, check_plan, check_sets, check_window
+from compress.pipeline.shared import SharedWork
 from compress.pipeline.trackers import check_trackers
 from compress.planning import PlannedPass, PlannedStage, make_plan
 from compress.progress import Progress
@@ -38,7 +39,8 @@ class Run:
 
     Attributes:
         recipe: with the metrics that fit the model, once it is open. fresh: compute every stage and measurement anew.
-        processes: of torchrun; one otherwise. notes: sentences for the report.
+        processes: of torchrun; one otherwise. shared: work that other runs share; None without.
+        notes: sentences for the report.
         original, data, plan: known once `open` has returned.
         predicted: seconds of the stages to compute, by number; None where it is not known.
         keys: names of the stages in the run folder. files: those of the last stage, as its record lists them.
@@ -48,6 +50,7 @@ class Run:
     progress: Progress
     fresh: bool = False
     processes: ProcessGroup = field(default_factory=ProcessGroup)
+    shared: SharedWork | None = None
     notes: list[str] = field(default_factory=list)
     keys: list[str] = field(default_factory=list)
     predicted: dict[int, float | None] = field(default_factory=dict)
@@ -55,7 +58,7 @@ class Run:
 
     def __post_init__(self) -> None:
         self.output = place(self.recipe.output)
-        self.folder = RunFolder.of(self.output)
+        self.folder = RunFolder.of(self.output, None if self.fresh else self.shared)
         self.device = resolve_device(self.recipe.device)
 
     @property
@@ -144,7 +147,7 @@ class Run:
 
     def fingerprints(self) -> list[str]:
         """A fingerprint for each stage; each covers all stages before it."""
-        before = hash_input(self.original, self.folder.path / "inputs.json")
+        before = hash_input(self.original, self.folder.inputs())
         result = []
         for stage in self.plan.stages:
             before = self._fingerprint(stage, before)
@@ -164,7 +167,7 @@ class Run:
         others = [name for p in stage.passes for name in passes.get(p.name).checkpoints(p.settings)]
         if others:
             environment["checkpoints"] = [
-                hash_input(self.open_other(name), self.folder.path / f"inputs-{fingerprint(name)[:12]}.json")
+                hash_input(self.open_other(name), self.folder.inputs(f"inputs-{fingerprint(name)[:12]}"))
                 for name in others
             ]
         return stage_fingerprint(

@@ -27,10 +27,12 @@ from compress.recipe.problems import (
     Problem,
     Scalar,
     dotted,
+    find_place,
     in_order,
     is_null,
 )
 from compress.recipe.resolve import plain_settings
+from compress.recipe.space import searches
 from compress.recipe.validate import build, spell_default_text
 from compress.settings import Pattern
 
@@ -83,7 +85,7 @@ def read_gates(gates: Mapping[str, Any], sets: Sequence[str] = ()) -> dict[str, 
             change.apply(root, problems)
     recipe = build(root, problems, check_files=False, complete=False)
     if recipe is None or problems:
-        raise _mistakes(problems)
+        raise mistakes(problems)
     return recipe.gates.model_dump(exclude_none=True)
 
 
@@ -114,7 +116,7 @@ def read_metrics(texts: Sequence[str], option: str = "--metric") -> tuple[Metric
     root.entries["evaluate"] = MapEntry(ListNode([*entries.values()]))
     recipe = build(root, problems, check_files=False, complete=False)
     if recipe is None or problems:
-        raise _mistakes(problems)
+        raise mistakes(problems)
     return recipe.evaluate or ()
 
 
@@ -134,7 +136,8 @@ def settings_error(name: str, settings: Mapping[str, Any], error: ValidationErro
     return CompressError(message, where=dotted(first.path[2:]) or name, fix=first.hint)
 
 
-def _mistakes(problems: Sequence[Problem]) -> RecipeError:
+def mistakes(problems: Sequence[Problem]) -> RecipeError:
+    """The error that lists problems, by file and line."""
     ordered = in_order(problems)
     shown = ordered[: RecipeError.SHOWN]
     return RecipeError([p.render() for p in shown], len(ordered), [p.mistake() for p in shown])
@@ -142,16 +145,36 @@ def _mistakes(problems: Sequence[Problem]) -> RecipeError:
 
 def _finish(root: MapNode | None, sets: Sequence[str], files: _Files, check_files: bool) -> Recipe:
     recipe, problems = None, files.problems
-    changes = [parse_set(text, rank, problems) for rank, text in enumerate(sets)]
-    if root is not None:
-        for change in changes:
+    changed(root, sets, problems)
+    if root is not None and searches(root):
+        place = find_place(root, ("sweep",), key=True) if "sweep" in root.entries else root.place
+        problems.append(Problem("this recipe searches for values", place, ("sweep",), "run it with `compress sweep`"))
+    elif root is not None:
+        recipe = build(root, problems, check_files=check_files, complete=files.complete)
+    if recipe is None or problems:
+        raise mistakes(problems)
+    return recipe
+
+
+def changed(root: MapNode | None, sets: Sequence[str], problems: list[Problem]) -> None:
+    """Apply ``--set`` options to a tree. Mistakes in them go to ``problems``."""
+    for change in [parse_set(text, rank, problems) for rank, text in enumerate(sets)]:
+        if root is not None:
             spell_default_text(root)
             if change is not None:
                 change.apply(root, problems)
-        recipe = build(root, problems, check_files=check_files, complete=files.complete)
-    if recipe is None or problems:
-        raise _mistakes(problems)
-    return recipe
+
+
+def read_tree(recipe: Path | Mapping[str, Any], problems: list[Problem]) -> MapNode | None:
+    """The tree of a file or a mapping, merged with what it extends; None where it cannot be read, and why in ``problems``."""
+    files = _Files(problems)
+    if not isinstance(recipe, Mapping):
+        root = files.read(recipe, ())
+    else:
+        made = _from_python(recipe, (), problems)
+        assert isinstance(made, MapNode)
+        root = files.extended(made, Path("mapping"), ())
+    return root if files.complete else None
 
 
 _UNREADABLE: dict[type[OSError], str] = {

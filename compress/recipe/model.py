@@ -18,6 +18,7 @@ from compress.recipe.export_entries import RecipeExports
 from compress.recipe.gates import METRICS, Gates, metric_of
 from compress.recipe.log import Log
 from compress.recipe.metric_entries import SETTINGS, RecipeMetrics, parse_metric
+from compress.recipe.sweep import Sweep
 from compress.settings import ByteSize, Settings, expected
 
 if TYPE_CHECKING:
@@ -115,6 +116,10 @@ class Recipe(Settings):
         default=(),
         description="Files of other runtimes to write once the output is published, beside it: `gguf` writes `<output>.gguf`. "
         "Each as a name or as `name: {settings}`.",
+    )
+    sweep: Sweep | None = Field(
+        default=None,
+        description="Goals of a search over the values given as `{search: …}`; `compress sweep` runs it.",
     )
     confidence: float = Field(default=0.95, gt=0.5, lt=1, description="Confidence of gates on metrics of text.")
     bootstrap: int = Field(default=10_000, ge=100, description="Resamples for confidence intervals.")

@@ -26,6 +26,7 @@ def run(
     output: Path | None,
     fresh: bool,
     publish_anyway: bool,
+    shared: Path | None,
     offline: bool,
     json: bool,
     quiet: bool,
@@ -42,6 +43,7 @@ def run(
             recipe,
             fresh=fresh,
             publish_anyway=publish_anyway,
+            shared=shared,
             progress=shown,
             recipe_path=str(path) if preset is None else None,
         )

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from compress.cli.tables.report import print_evaluation as print_evaluation
     from compress.cli.tables.report import print_gates as print_gates
     from compress.cli.tables.report import print_report as print_report
+    from compress.cli.tables.sweep import print_sweep as print_sweep
 
 _HOME = {
     "print_architecture": "architecture",
@@ -29,6 +30,7 @@ _HOME = {
     "print_plan": "plan",
     "print_report": "report",
     "print_runs": "listing",
+    "print_sweep": "sweep",
 }
 __all__ = list(_HOME)
 

@@ -59,12 +59,12 @@ def render_html(report: Mapping[str, Any]) -> str:
     sides = report["original"], report["result"]
     lines = list(_line_figures(report))
     script = _script() if any(figure.chart for figure in lines) else ""
-    return _template().render(
+    return template().render(
         report=report,
         title=f"{report['original']['checkpoint']} ▶ {report['output']}",
         verdict=figures.verdict_text(report),
         tiles=figures.headline_rows(report),
-        pictures=[_figure(p) for p in (size_and_quality(report), waterfall(report)) if p is not None],
+        pictures=[figure_of(p) for p in (size_and_quality(report), waterfall(report)) if p is not None],
         gates=[(gate, _svg(gate_strip(gate))) for gate in report["gates"]],
         before_after=Cells(("", "before", "after", "change"), _before_after(report), right=(1, 2)),
         row_notes=figures.row_notes(report),
@@ -90,23 +90,26 @@ def render_html(report: Mapping[str, Any]) -> str:
         data=_data(report),
         recipe=to_yaml(brief(report["recipe"]["resolved"])),
         resolved=to_yaml(report["recipe"]["resolved"]),
-        style=_style(charts=bool(script)),
+        style=style(charts=bool(script)),
         script=script,
         script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
     )
 
 
 @cache
-def _template() -> Template:
-    from jinja2 import Environment, StrictUndefined
+def template(name: str = "template.html") -> Template:
+    """A template of this folder. Values that it shows are escaped."""
+    from jinja2 import Environment, FunctionLoader, StrictUndefined
 
-    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    environment = Environment(
+        autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, loader=FunctionLoader(_read)
+    )
     environment.finalize = _shown
     environment.filters["inline"] = _inline
     environment.filters["visible"] = lambda text: in_one_line(text).replace(" ", "␣")
     environment.filters.update(percent=percent, fixed=lambda value: fixed(value, 4))
     environment.filters["filled"] = lambda it: Cells(*filled(it.head, it.rows, it.right))
-    return environment.from_string(_read("template.html"))
+    return environment.get_template(name)
 
 
 def _read(name: str) -> str:
@@ -128,7 +131,8 @@ def _inline(text: str) -> Markup:
     )
 
 
-def _style(*, charts: bool) -> str:
+def style(*, charts: bool) -> str:
+    """CSS of a page, in light and dark; ``charts``: with that of charts that can be zoomed."""
     dark = f"{_variables(DARK)}{rules(DARK, 'svg ')}{heat_rules(dark=True)}"
     pictures = f"{_variables(LIGHT)}{rules(LIGHT, 'svg ')}{heat_rules(dark=False)}"
     return f"{pictures}@media (prefers-color-scheme:dark){{{dark}}}{_read('style.css')}" + (
@@ -151,7 +155,8 @@ def _svg(picture: Picture | None) -> Markup | None:
     return None if picture is None else Markup(inline(picture))
 
 
-def _figure(picture: Picture, chart: Chart | None = None) -> Figure:
+def figure_of(picture: Picture, chart: Chart | None = None) -> Figure:
+    """A picture for a page, and its numbers where it can be zoomed."""
     svg = _svg(picture)
     assert svg is not None
     return Figure(svg, None if chart is None else asdict(chart))
@@ -163,9 +168,9 @@ def _line_figures(report: Mapping[str, Any]) -> Iterator[Figure]:
         if "training" in row["details"]:
             chart = losses_chart(row["details"]["training"], f"{row['name']}: loss by step")
             if chart.drawable:
-                yield _figure(draw(chart), chart)
+                yield figure_of(draw(chart), chart)
     for chart in length_charts(report["original"], report["result"]):
-        yield _figure(draw(chart), chart)
+        yield figure_of(draw(chart), chart)
 
 
 def _rows(report: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
@@ -182,7 +187,7 @@ def _bars(report: Mapping[str, Any]) -> Iterator[Figure]:
         title = f"divergence without each block; removed: {', '.join(sorted(removed, key=int)) or 'none'}"
         picture = block_bars(title, removal_losses(row["details"]), removed, lambda loss: fixed(loss, 4))
         if picture is not None:
-            yield _figure(picture)
+            yield figure_of(picture)
 
 
 def _maps(report: Mapping[str, Any]) -> Iterator[HeatMap]:

@@ -1,0 +1,34 @@
+"""The front of a sweep as a table."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from compress.cli.tables.layout import STYLES, make_console, print_line, print_table
+from compress.sweeps.figures import front_cells, front_columns, notes, summary
+from compress.tabular import Column
+
+#: Words of a command, of trials that failed, that are shown.
+_FAILED = 3
+
+
+def print_sweep(document: Mapping[str, Any]) -> None:
+    """Print the front, what became of the other trials, and where everything lies."""
+    console = make_console()
+    print_line(console, f"{document['model']} ▶ {document['folder']}", "bold", whole=True)
+    print_line(console, summary(document), STYLES.get(document["status"], ""), whole=True)
+    names, right = front_columns(document)
+    columns: list[Column] = [(name, "right") if i in right else (name, "whole") for i, name in enumerate(names)]
+    if rows := front_cells(document, intervals=console.width >= 100):
+        print_table(console, None, columns, rows)
+    for note in notes(document):
+        print_line(console, note, "dim")
+    failed = [trial for trial in document["trials"] if trial["state"] == "failed"]
+    for trial in failed[:_FAILED]:
+        print_line(console, f"trial {trial['number']} failed: {trial['message']}", "yellow", whole=True)
+    if len(failed) > _FAILED:
+        print_line(console, f"… and {len(failed) - _FAILED} more failed", "yellow")
+    print_line(console, f"page: {document['folder']}/sweep.html (and .json)", "dim", whole=True)
+    if document["front"]:
+        print_line(console, f"recipes of the front: {document['folder']}/front/", whole=True)

@@ -1,0 +1,97 @@
+"""A whole sweep: begin or join it, run trials, write the front."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from compress.files import disk_errors, place, remove, write_atomically
+from compress.pipeline.preflight import check_folders, check_sets
+from compress.progress import Progress, SilentProgress
+from compress.recipe.located import Located
+from compress.recipe.problems import plain
+from compress.recipe.search import SearchRecipe, load_search
+from compress.sweeps.document import document, to_text
+from compress.sweeps.page import render_sweep
+from compress.sweeps.samplers import check_sampler
+from compress.sweeps.study import Study
+from compress.sweeps.trials import Runner, TrialRuns, run_process
+from compress.sweeps.worker import finish, work
+
+
+def run_sweep(
+    recipe: Path | Mapping[str, Any],
+    sets: Sequence[str] = (),
+    *,
+    workers: int = 1,
+    submit: str | None = None,
+    submit_options: Sequence[str] = (),
+    runner: Runner = run_process,
+    progress: Progress | None = None,
+) -> dict[str, Any]:
+    """Run a sweep, or go on with one that was stopped.
+
+    Args:
+        recipe: a file or a mapping, with values to search. sets: overrides, as ``--set``.
+        workers: processes that run trials at the same time. submit: start them by submitit, on ``slurm`` or ``local``.
+        runner: runs the recipe of a trial; by default in a process of its own.
+
+    Returns:
+        JSON values, schema ``compress.sweep/1``.
+
+    Raises:
+        RecipeError: with every mistake in the recipe. OutputError: the folder holds the sweep of another recipe.
+    """
+    search = load_search(recipe, sets)
+    check_sampler(search)
+    _check(search)
+    path = place(search.recipe.output)
+    study = Study.begin(path.with_name(f"{path.name}.sweep"), search, plain(search.written))
+    return _run(TrialRuns(study, runner), progress or SilentProgress())
+
+
+def join_sweep(folder: Path, *, runner: Runner = run_process, progress: Progress | None = None) -> dict[str, Any]:
+    """Take part in a sweep that has begun. Returns when it has ended, with its values as of `run_sweep`.
+
+    Raises:
+        CompressError: there is no sweep, or this machine does not see the same folder.
+    """
+    study = Study.join(folder)
+    check_sampler(study.search)
+    return _run(TrialRuns(study, runner), progress or SilentProgress())
+
+
+def _check(search: SearchRecipe) -> None:
+    """Refuse what every trial would refuse. Raises `CompressError`."""
+    recipe = search.recipe
+    with Located(recipe):
+        check_folders(recipe)
+        check_sets(recipe)
+
+
+def _run(trials: TrialRuns, progress: Progress) -> dict[str, Any]:
+    study = trials.study
+    work(trials, progress)
+    with study.locked():
+        finish(trials)
+        made = document(trials)
+        with disk_errors(study.path):
+            _write(trials, made)
+    return made
+
+
+def _write(trials: TrialRuns, made: Mapping[str, Any]) -> None:
+    """Write the recipes of the front and the renderings of the sweep."""
+    study = trials.study
+    folder, by_number = study.path / "front", {trial.number: trial for trial in study.trials()}
+    folder.mkdir(exist_ok=True)
+    names = {f"{place:02d}.yaml": by_number[number] for place, number in enumerate(made["front"], 1)}
+    for old in sorted(folder.glob("*.yaml")):
+        if old.name not in names:
+            remove(old)
+    texts = {name: trials.text(trial, "full") for name, trial in names.items()}
+    for name, text in texts.items():
+        write_atomically(folder / name, text.encode())
+    write_atomically(study.path / "sweep.json", to_text(made).encode())
+    write_atomically(study.path / "sweep.html", render_sweep(made, list(texts.items())).encode())

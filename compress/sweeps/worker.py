@@ -1,0 +1,133 @@
+"""A process that works on a sweep: it takes trials until none is left, and waits for those of others."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from typing import Literal
+
+from compress.errors import CompressError
+from compress.files import remove
+from compress.pipeline.shared import SharedWork
+from compress.progress import Progress
+from compress.sweeps.front import front
+from compress.sweeps.goals import losses, text, title
+from compress.sweeps.samplers import propose
+from compress.sweeps.study import Claim, Outcome, Study, SweepTrial, TrialPart
+from compress.sweeps.trials import TrialRuns, described
+
+#: Seconds between two looks at what others have finished.
+_WAIT = 0.5
+#: Without `max_disk`, bytes of shared stages as a multiple of the original's.
+_SHARED = 4
+
+
+def work(trials: TrialRuns, progress: Progress) -> None:
+    """Run trials until all are finished, by this process or another."""
+    study = trials.study
+    while True:
+        with study.locked() as known:
+            task = _next(trials, known, progress)
+        if task is None:
+            return
+        if task == "wait":
+            time.sleep(_WAIT)
+            continue
+        try:
+            progress.stage(task.trial.number, study.search.trials, described(study, task.trial.values))
+            outcome = trials.run(task)
+            with study.locked():
+                study.ended(task.trial, task.part, outcome)
+                known = study.trials()
+                _tidy(trials, known)
+            progress.message(_told(study, known[task.trial.number - 1], known))
+        finally:
+            task.release()
+
+
+def _next(trials: TrialRuns, known: list[SweepTrial], progress: Progress) -> Claim | Literal["wait"] | None:
+    """The next work of this process: a lost part of a trial, a new trial, an evaluation in full, or nothing; under the lock."""
+    study = trials.study
+    for trial in known:
+        if trial.running and (task := study.take(trial, "full" if "full" in trial.parts else "proxy")) is not None:
+            return task
+    while (new := propose(study.search, known)) is not None:
+        refused = _refused(trials, new, known)
+        if (task := _begun(study, new, study.first_part)) and refused is None:
+            return task
+        assert refused is not None
+        study.ended(new, study.first_part, refused)
+        progress.message(f"trial {new.number} ({described(study, new.values)}): not run; {refused.message}")
+        task.release()
+        known = study.trials()
+    if any(trial.running for trial in known):
+        return "wait"
+    for trial in candidates(study, known):
+        if "full" not in trial.parts:
+            return _begun(study, trial, "full")
+    return None
+
+
+def _begun(study: Study, trial: SweepTrial, part: TrialPart) -> Claim:
+    """Take a part of a trial that nobody has; under the lock."""
+    task = study.take(trial, part)
+    assert task is not None, "a trial is locked that has not begun"
+    study.begun(trial, part)
+    return task
+
+
+def _refused(trials: TrialRuns, trial: SweepTrial, known: Sequence[SweepTrial]) -> Outcome | None:
+    """Why a trial is not run: its values do not go together, or its plan is hopeless. Its planned values are set."""
+    try:
+        plan = trials.plan(trial)
+    except CompressError as error:
+        return Outcome("failed", message=str(error).splitlines()[0])
+    size = plan.stages[-1].size
+    trial.planned = {"size": float(size.bytes), "parameters": float(size.parameters)}
+    return trials.hopeless(trial, plan, known)
+
+
+def candidates(study: Study, trials: Sequence[SweepTrial]) -> list[SweepTrial]:
+    """The front by the part that every trial begins with. A smaller evaluation leaves out only those whose gates failed."""
+    goals, proxy = study.search.sweep.goals, study.first_part == "proxy"
+    judged = [t for t in trials if t.first.feasible or (proxy and t.first.verdict == "inconclusive")]
+    return [judged[i] for i in front([losses(trial.first.goals, goals) for trial in judged])]
+
+
+def best(study: Study, trials: Sequence[SweepTrial]) -> list[SweepTrial]:
+    """The front: trials that were evaluated in full, passed every gate, and that no other one beats in every goal."""
+    goals = study.search.sweep.goals
+    judged = [t for t in trials if "full" in t.parts and t.parts["full"].feasible]
+    return [judged[i] for i in front([losses(trial.parts["full"].goals, goals) for trial in judged])]
+
+
+def _tidy(trials: TrialRuns, known: list[SweepTrial]) -> None:
+    """Remove what is not to be kept: checkpoints off the front, and shared stages beyond their limit; under the lock."""
+    study = trials.study
+    sweep = study.search.sweep
+    SharedWork.at(study.shared).limit(sweep.max_disk or _SHARED * trials.original_bytes)
+    if sweep.keep == "all":
+        return
+    kept = {trial.number for trial in [*candidates(study, known), *best(study, known)]}
+    for trial in known:
+        if trial.number not in kept and not trial.running:
+            trials.forget(trial)
+
+
+def finish(trials: TrialRuns) -> None:
+    """Remove the shared stages of a sweep that has ended; the front has its own links."""
+    if trials.study.search.sweep.keep == "front":
+        remove(trials.study.shared / "stages")
+
+
+def _told(study: Study, trial: SweepTrial, known: Sequence[SweepTrial]) -> str:
+    """A line on a part of a trial that has ended."""
+    head = f"trial {trial.number} of {study.search.trials} ({described(study, trial.values)})"
+    outcome = trial.last
+    if outcome.state == "failed":
+        return f"✗ {head}: failed; {outcome.message}"
+    values = ", ".join(f"{title(goal)} {text(goal, outcome.goals[goal][0])}" for goal in study.search.sweep.goals)
+    on_front = trial.number in {each.number for each in candidates(study, known)}
+    judged = {"failed": "a gate failed", "inconclusive": "a gate is inconclusive"}.get(outcome.verdict or "")
+    place = judged or ("on the front so far" if on_front else "beaten")
+    return f"✓ {head}: {values}; {place}; {outcome.seconds:.0f} s"
