@@ -27,6 +27,7 @@ from compress.cli.options import (
     MaxBytes,
     MaxDocuments,
     Metrics,
+    Minutes,
     Offline,
     OutputOption,
     PresetOption,
@@ -151,9 +152,7 @@ def plan(
     preset: PresetOption = None,
     output: OutputOption = None,
     sets: Sets = None,
-    minutes: Annotated[
-        bool, typer.Option("--minutes", help="Measure this machine's CPU for half a minute, and keep its rates.")
-    ] = False,
+    minutes: Minutes = False,
     offline: Offline = False,
     json: AsJson = False,
 ) -> None:

@@ -34,6 +34,9 @@ SharedOption = Annotated[
         metavar="FOLDER",
     ),
 ]
+Minutes = Annotated[
+    bool, typer.Option("--minutes", help="Measure this machine's CPU for half a minute, and keep its rates.")
+]
 Goal = Annotated[
     str,
     typer.Option(

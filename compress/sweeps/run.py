@@ -18,6 +18,7 @@ from compress.sweeps.samplers import check_sampler
 from compress.sweeps.study import Study
 from compress.sweeps.trials import Runner, TrialRuns, run_process
 from compress.sweeps.worker import finish, work
+from compress.sweeps.workers import beside, check_submit, run_jobs
 
 
 def run_sweep(
@@ -45,10 +46,17 @@ def run_sweep(
     """
     search = load_search(recipe, sets)
     check_sampler(search)
+    options = check_submit(submit, submit_options)
     _check(search)
     path = place(search.recipe.output)
     study = Study.begin(path.with_name(f"{path.name}.sweep"), search, plain(search.written))
-    return _run(TrialRuns(study, runner), progress or SilentProgress())
+    runs, shown = TrialRuns(study, runner), progress or SilentProgress()
+    if submit is not None:
+        run_jobs(study, workers, submit, options, shown)
+    else:
+        with beside(study, workers - 1):
+            work(runs, shown)
+    return _finished(runs)
 
 
 def join_sweep(folder: Path, *, runner: Runner = run_process, progress: Progress | None = None) -> dict[str, Any]:
@@ -59,7 +67,9 @@ def join_sweep(folder: Path, *, runner: Runner = run_process, progress: Progress
     """
     study = Study.join(folder)
     check_sampler(study.search)
-    return _run(TrialRuns(study, runner), progress or SilentProgress())
+    runs = TrialRuns(study, runner)
+    work(runs, progress or SilentProgress())
+    return _finished(runs)
 
 
 def _check(search: SearchRecipe) -> None:
@@ -70,9 +80,9 @@ def _check(search: SearchRecipe) -> None:
         check_sets(recipe)
 
 
-def _run(trials: TrialRuns, progress: Progress) -> dict[str, Any]:
+def _finished(trials: TrialRuns) -> dict[str, Any]:
+    """The document of a sweep, written with its renderings."""
     study = trials.study
-    work(trials, progress)
     with study.locked():
         finish(trials)
         made = document(trials)

@@ -40,7 +40,7 @@ def work(trials: TrialRuns, progress: Progress) -> None:
                 study.ended(task.trial, task.part, outcome)
                 known = study.trials()
                 _tidy(trials, known)
-            progress.message(_told(study, known[task.trial.number - 1], known))
+            progress.message(told(study, known[task.trial.number - 1], known))
         finally:
             task.release()
 
@@ -57,9 +57,9 @@ def _next(trials: TrialRuns, known: list[SweepTrial], progress: Progress) -> Cla
             return task
         assert refused is not None
         study.ended(new, study.first_part, refused)
-        progress.message(f"trial {new.number} ({described(study, new.values)}): not run; {refused.message}")
         task.release()
         known = study.trials()
+        progress.message(told(study, known[new.number - 1], known))
     if any(trial.running for trial in known):
         return "wait"
     for trial in candidates(study, known):
@@ -120,12 +120,14 @@ def finish(trials: TrialRuns) -> None:
         remove(trials.study.shared / "stages")
 
 
-def _told(study: Study, trial: SweepTrial, known: Sequence[SweepTrial]) -> str:
+def told(study: Study, trial: SweepTrial, known: Sequence[SweepTrial]) -> str:
     """A line on a part of a trial that has ended."""
     head = f"trial {trial.number} of {study.search.trials} ({described(study, trial.values)})"
     outcome = trial.last
     if outcome.state == "failed":
         return f"✗ {head}: failed; {outcome.message}"
+    if outcome.state == "pruned":
+        return f"{head}: not run; {outcome.message}"
     values = ", ".join(f"{title(goal)} {text(goal, outcome.goals[goal][0])}" for goal in study.search.sweep.goals)
     on_front = trial.number in {each.number for each in candidates(study, known)}
     judged = {"failed": "a gate failed", "inconclusive": "a gate is inconclusive"}.get(outcome.verdict or "")

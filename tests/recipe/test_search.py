@@ -46,7 +46,7 @@ def test_grid_has_every_combination_and_the_last_pass_varies_fastest(path):
     }
     assert search.mapping(trials[0])["gates"] == {"agreement": {"min": "50%"}, "kl": {"max": 2}}
     assert list(labels(search.space).values()) == ["prune_structured", "sparsity", "weights"]
-    assert [entry.name for entry in search.trial(trials[0]).passes][0] == "prune_structured"
+    assert search.trial(trials[0]).passes[0].name == "prune_structured"
 
 
 def test_values_inside_a_pass_that_is_left_out_make_no_trials(path):

@@ -16,7 +16,7 @@ from compress.recipe import load_recipe
 @pytest.fixture(scope="session")
 def sweep(pico_llama: Path, texts: tuple[Path, Path]) -> Callable[..., dict[str, Any]]:
     """A sweep of three sparsities and three formats as a mapping, with a few keys of its section changed."""
-    train, valid = texts
+    _, valid = texts
 
     def make(folder: Path, **changes: Any) -> dict[str, Any]:
         section = {"minimize": ["size", "kl"], **changes}

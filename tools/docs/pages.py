@@ -139,6 +139,7 @@ def reference_page() -> str:
     from compress.recipe.messages import models_in
     from compress.recipe.model import Recipe
     from compress.recipe.renamed import rows
+    from compress.recipe.sweep import Sweep
 
     lines = [
         "# Recipe keys",
@@ -158,6 +159,14 @@ def reference_page() -> str:
             (inner,) = models_in(field.annotation)
             lines += [f"### `{title}.{name}`", "", field.description or "", ""]
             lines += [*settings_table(describe_settings(inner), "key"), ""]
+    lines += [
+        "## `sweep`",
+        "",
+        "Goals of a [sweep](sweeps.md).",
+        "",
+        *settings_table(describe_settings(Sweep), "key"),
+        "",
+    ]
     lines += ["## Renamed keys", "", "Old spellings are refused; the error shows the new one.", ""]
     of_passes = [(", ".join(f"`{name}`" for name in sections if name) or "recipe", o, n) for sections, o, n in rows()]
     lines += table(["where", "old", "new"], [[where, f"`{old}`", f"`{new}`"] for where, old, new in of_passes])
