@@ -49,7 +49,7 @@ class Evaluations:
     def add(self, original: Stored, rows: list[dict[str, Any]]) -> None:
         """Put ``evaluation`` and ``latency`` into each stage's row; latency of the last stage only."""
         wanted = set(self.recipe.metrics)
-        self._input = hash_input(original, self.folder.inputs())
+        self._input = hash_input(original, self.folder.hashes())
         for row in rows:
             row["evaluation"] = row["latency"] = None
         if wanted & TEXT_METRICS and self.data.files("evaluation"):

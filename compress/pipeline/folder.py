@@ -50,7 +50,7 @@ class RunFolder:
         output = place(output)
         return cls(output.with_name(f"{output.name}.run"), shared=shared)
 
-    def inputs(self, name: str = "inputs") -> Path:
+    def hashes(self, name: str = "inputs") -> Path:
         """The file of known hashes of a checkpoint that runs read."""
         return (self.path if self.shared is None else self.shared.path) / f"{name}.json"
 

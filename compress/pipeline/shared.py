@@ -93,8 +93,8 @@ class SharedWork:
     def drop(self, key: str) -> None:
         """Remove a stage, unless a run takes it at this moment."""
         with contextlib.suppress(BlockingIOError), _try_lock(self.path / "locks" / key):
-            remove(self.stages / f"{key}.json")
-            remove(self.stages / key)
+            for path in (self.stages / f"{key}.json", self.stages / key, *_measured(key, self.stages)):
+                remove(path)
 
     def limit(self, most: int) -> None:
         """Remove stages, those that were longest unused first, until the rest has at most so many bytes."""
@@ -107,7 +107,7 @@ class SharedWork:
 
 
 def _carry(key: str, source: Path, target: Path) -> bool:
-    """Link a stage's folder and copy its record; a stage without a record is not finished."""
+    """Link a stage's folder, copy its record and what it measured; a stage without a record is not finished."""
     record = source / f"{key}.json"
     if not record.is_file() or not (source / key).is_dir():
         return False
@@ -118,12 +118,18 @@ def _carry(key: str, source: Path, target: Path) -> bool:
         with temporary(target / key) as temp:
             link_tree(source / key, temp)
             temp.rename(target / key)
-        _copy(record, target / f"{key}.json")
+        for path in [*_measured(key, source), record]:
+            _copy(path, target / path.name)
     except FileNotFoundError:  # it was dropped meanwhile
         return False
     with contextlib.suppress(FileNotFoundError):
         os.utime(record)  # it was used now
     return True
+
+
+def _measured(key: str, stages: Path) -> list[Path]:
+    """Files of tensors that a stage measured."""
+    return sorted(stages.glob(f"{key}.*.safetensors"))
 
 
 def _copy(source: Path, target: Path) -> None:

@@ -147,7 +147,7 @@ class Run:
 
     def fingerprints(self) -> list[str]:
         """A fingerprint for each stage; each covers all stages before it."""
-        before = hash_input(self.original, self.folder.inputs())
+        before = hash_input(self.original, self.folder.hashes())
         result = []
         for stage in self.plan.stages:
             before = self._fingerprint(stage, before)
@@ -167,7 +167,7 @@ class Run:
         others = [name for p in stage.passes for name in passes.get(p.name).checkpoints(p.settings)]
         if others:
             environment["checkpoints"] = [
-                hash_input(self.open_other(name), self.folder.inputs(f"inputs-{fingerprint(name)[:12]}"))
+                hash_input(self.open_other(name), self.folder.hashes(f"inputs-{fingerprint(name)[:12]}"))
                 for name in others
             ]
         return stage_fingerprint(
