@@ -58,8 +58,8 @@ def _sampled(search: SearchRecipe, trials: Sequence[SweepTrial], number: int) ->
         asked = study.ask(_distributions(search.space))
         values = {d.name: _value(d, asked.params[d.name]) for d in search.space}
         if (kept := active(search.space, values)) not in known:
-            state = {key: value for key, value in asked.system_attrs.items() if isinstance(value, (int, str))}
-            return SweepTrial(number, kept, {"params": dict(asked.params), "attributes": state})
+            generation = {k: v for k, v in study.trials[-1].system_attrs.items() if k.endswith(":generation")}
+            return SweepTrial(number, kept, {"params": dict(asked.params), "attributes": generation})
     return None
 
 
