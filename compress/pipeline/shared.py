@@ -80,7 +80,7 @@ class SharedWork:
         Args:
             compute: returns the value that is kept there, and measures it where none is kept.
         """
-        mine, shared = (folder / f"{name}.json" for folder in (measurements, self.measurements))
+        mine, shared = (each / f"{name}.json" for each in (measurements, self.measurements))
         with self.claimed(name):
             if shared.exists() and not mine.exists():
                 measurements.mkdir(parents=True, exist_ok=True)

@@ -94,14 +94,14 @@ def _finished(trials: TrialRuns) -> dict[str, Any]:
 def _write(trials: TrialRuns, made: Mapping[str, Any]) -> None:
     """Write the recipes of the front and the renderings of the sweep."""
     study = trials.study
-    folder, by_number = study.path / "front", {trial.number: trial for trial in study.trials()}
-    folder.mkdir(exist_ok=True)
+    recipes, by_number = study.path / "front", {trial.number: trial for trial in study.trials()}
+    recipes.mkdir(exist_ok=True)
     names = {f"{place:02d}.yaml": by_number[number] for place, number in enumerate(made["front"], 1)}
-    for old in sorted(folder.glob("*.yaml")):
+    for old in sorted(recipes.glob("*.yaml")):
         if old.name not in names:
             remove(old)
     texts = {name: trials.text(trial, "full") for name, trial in names.items()}
     for name, text in texts.items():
-        write_atomically(folder / name, text.encode())
+        write_atomically(recipes / name, text.encode())
     write_atomically(study.path / "sweep.json", to_text(made).encode())
     write_atomically(study.path / "sweep.html", render_sweep(made, list(texts.items())).encode())

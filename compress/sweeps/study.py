@@ -244,9 +244,9 @@ class Study:
 
     def take(self, trial: SweepTrial, part: TrialPart) -> Claim | None:
         """Take a part of a trial; None while another process has it."""
-        folder = self.place(trial)
-        folder.mkdir(parents=True, exist_ok=True)
-        lock = os.open(folder / "lock", os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o644)
+        own = self.place(trial)
+        own.mkdir(parents=True, exist_ok=True)
+        lock = os.open(own / "lock", os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o644)
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

@@ -108,19 +108,19 @@ class TrialRuns:
 
     def run(self, task: Claim) -> Outcome:
         """Run a part of a trial. A run that fails is an outcome too."""
-        trial, folder, goals = task.trial, self.study.place(task.trial), self.study.search.sweep.goals
+        trial, own, goals = task.trial, self.study.place(task.trial), self.study.search.sweep.goals
         clock = time.perf_counter()
         recipe = self._write_recipe(trial, task.part)
         status = self.runner(
-            recipe, shared=self.study.shared, log=folder / "log.txt", folder=self.study.folder, lock=task.lock
+            recipe, shared=self.study.shared, log=own / "log.txt", folder=self.study.folder, lock=task.lock
         )
         seconds = round(time.perf_counter() - clock, 1)
         report = self._report(trial) if status in (EXIT_OK, EXIT_GATE_FAILED, EXIT_INCONCLUSIVE) else None
         if report is None:
-            return Outcome("failed", message=_last_words(folder / "log.txt", status), seconds=seconds)
+            return Outcome("failed", message=_last_words(own / "log.txt", status), seconds=seconds)
         self._drop_last(trial, report)
         name = "report.json" if task.part == "full" else "proxy.json"
-        write_atomically(folder / name, self._report_path(trial).read_bytes())
+        write_atomically(own / name, self._report_path(trial).read_bytes())
         return Outcome(
             "done",
             report["status"],
