@@ -133,7 +133,7 @@ def row(name: str, file: Path, windows: Any, theirs: Any, speed: int) -> list[st
 
     with llama_cpp.Model(file, length=scoring.WINDOW) as model:
         mine = torch.from_numpy(model.logits(windows.numpy())).double().log_softmax(-1).numpy()
-        decoded = [f"{model.speed(speed):.1f}"] if speed else []
+        decoded = [f"{1 / model.seconds(16, speed)[1]:.1f}"] if speed else []
     divergence = (np.exp(theirs) * (theirs - mine)).sum(-1)
     error = divergence.std() / divergence.size**0.5
     same = (theirs.argmax(-1) == mine.argmax(-1)).mean()
