@@ -85,6 +85,8 @@ def judge(
                 results.append(_cache(gate, key, bound, at, original, candidate))
             elif at is not None and name in ("prefill", "decode", "memory"):
                 results.append(_at_length(gate, name, bound, at, original, candidate, resampling))
+            elif name == "throughput":
+                results.append(_rate(f"{gate}.min_ratio", key, bound["min_ratio"], original, candidate, resampling))
             elif name in ("size", "parameters"):
                 results.append(_exact(gate, name, key, bound, original, candidate))
             elif name == "memory":
@@ -205,6 +207,20 @@ def _speed(
     samples = [_get(side, gate, "latency", name, "samples") for side in (original, candidate)]
     interval = statistics.median_ratio(*samples, **asdict(resampling))
     return _judged(gate, interval, bound, "ratio", ratio, "rounds")
+
+
+def _rate(
+    gate: str,
+    name: str,
+    bound: float,
+    original: Mapping[str, Any],
+    candidate: Mapping[str, Any],
+    resampling: Resampling,
+) -> GateResult:
+    """Judge tokens per second of a runtime."""
+    samples = [_get(side, gate, "throughput", name, "samples") for side in (original, candidate)]
+    interval = statistics.median_ratio(*samples, **asdict(resampling))
+    return _judged(gate, interval, bound, "ratio", ratio, "rounds", at_least=True)
 
 
 def _at_place(side: Mapping[str, Any], metric: Metric, at: int | None, first: int | None) -> Mapping[str, Any]:

@@ -28,7 +28,7 @@ class Parameters(C.Structure):
     _fields_ = [("i", _INT * 256)]
 
 
-class Batch(C.Structure):
+class LlamaBatch(C.Structure):
     """``llama_batch``."""
 
     _fields_ = [
@@ -42,7 +42,7 @@ class Batch(C.Structure):
     ]
 
 
-class Importance(C.Structure):
+class InputMeans(C.Structure):
     """``llama_model_imatrix_data``: mean squares of the inputs of a matrix."""
 
     _fields_ = [("name", _TEXT), ("data", C.POINTER(C.c_float)), ("size", _BYTES)]
@@ -54,9 +54,9 @@ _SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
     "llama_model_quantize_default_params": (Parameters, []),
     "llama_model_load_from_file": (_POINTER, [_TEXT, Parameters]),
     "llama_init_from_model": (_POINTER, [_POINTER, Parameters]),
-    "llama_batch_init": (Batch, [_INT] * 3),
-    "llama_batch_free": (None, [Batch]),
-    "llama_decode": (_INT, [_POINTER, Batch]),
+    "llama_batch_init": (LlamaBatch, [_INT] * 3),
+    "llama_batch_free": (None, [LlamaBatch]),
+    "llama_decode": (_INT, [_POINTER, LlamaBatch]),
     "llama_get_logits": (C.POINTER(C.c_float), [_POINTER]),
     "llama_model_get_vocab": (_POINTER, [_POINTER]),
     "llama_vocab_n_tokens": (_INT, [_POINTER]),

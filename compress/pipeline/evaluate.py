@@ -76,6 +76,8 @@ def evaluate(
         and with a baseline ``baseline`` (the same keys), ``paired`` and ``positions`` (differences with intervals).
     """
     progress, reading = progress or SilentProgress(), _Reading(trust_remote_code, ignore_auto_map, offline)
+    if "throughput" in (settings.metrics or ()):
+        raise CompressError("`throughput` is measured by `compress run`", fix="write it below `evaluate` of a recipe")
     if unknown := set(settings.metrics or ()) - TEXT_METRICS - SPEED_METRICS:
         known = ", ".join(sorted(TEXT_METRICS | SPEED_METRICS))
         raise CompressError(f"unknown metric `{min(unknown)}`", fix=f"there are: {known}")

@@ -31,7 +31,8 @@ class Evaluations:
     """Evaluations of a run's checkpoints.
 
     Attributes:
-        fresh: evaluate anew. original, original_latency: of the recipe's model; None where nothing was asked for.
+        fresh: evaluate anew.
+        original, original_latency, original_throughput: of the recipe's model; None where nothing was asked for.
         notes: sentences for the report.
     """
 
@@ -43,19 +44,22 @@ class Evaluations:
     fresh: bool = False
     original: dict[str, Any] | None = None
     original_latency: dict[str, Any] | None = None
+    original_throughput: dict[str, Any] | None = None
     notes: list[str] = field(default_factory=list)
     _input: str = ""
 
     def add(self, original: Stored, rows: list[dict[str, Any]]) -> None:
-        """Put ``evaluation`` and ``latency`` into each stage's row; latency of the last stage only."""
+        """Put ``evaluation``, ``latency`` and ``throughput`` into each stage's row; the last two of the last stage only."""
         wanted = set(self.recipe.metrics)
         self._input = hash_input(original, self.folder.hashes())
         for row in rows:
-            row["evaluation"] = row["latency"] = None
+            row["evaluation"] = row["latency"] = row["throughput"] = None
         if wanted & TEXT_METRICS and self.data.files("evaluation"):
             self._evaluate(original, rows)
         if wanted & SPEED_METRICS:
             self._measure_speed(original, rows[-1])
+        if "throughput" in wanted:
+            self._measure_throughput(original, rows[-1])
 
     def _key(self, *parts: Any) -> str:
         return fingerprint([*parts, self.device, self.recipe.dtype, versions()])[:24]
@@ -157,6 +161,21 @@ class Evaluations:
             **with_planned(data["candidate"], stored.spec),
             "left_out": emulated(stored.spec, kv_cache=True),
         }
+
+    def _measure_throughput(self, original: Stored, row: dict[str, Any]) -> None:
+        from compress.pipeline.throughput import measure_throughput, throughput_settings
+
+        settings = throughput_settings(self.recipe)
+        assert settings is not None
+        stored = open_checkpoint(row["folder"], trust_remote_code=self.recipe.trust_remote_code)
+        exports = [[entry.name, entry.settings.model_dump(mode="json")] for entry in self.recipe.export]
+        asked = (settings.model_dump(mode="json"), exports, self.recipe.threads)
+        data = self.folder.cached(
+            f"throughput-{self._key('throughput', row['fingerprint'], row['content'], *asked)}",
+            lambda: measure_throughput(self.recipe, (original, stored), self.folder.path / "throughput", self.progress),
+            fresh=self.fresh,
+        )
+        self.original_throughput, row["throughput"] = data["original"], data["candidate"]
 
     def data_summary(self) -> dict[str, Any]:
         """The data of the run, for the report."""

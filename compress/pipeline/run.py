@@ -26,6 +26,7 @@ from compress.pipeline.results import RunReport, RunResult
 from compress.pipeline.shared import SharedWork
 from compress.pipeline.stages import run_stages
 from compress.pipeline.state import Run
+from compress.pipeline.throughput import check_throughput
 from compress.pipeline.trackers import track
 from compress.pipeline.workers import process_group, worker_loop
 from compress.planning import Plan, size_on_disk
@@ -80,6 +81,7 @@ def _run(run: Run, publish_anyway: bool, recipe_path: str | None) -> RunResult:
     started, clock = datetime.datetime.now(datetime.UTC), time.perf_counter()
     run.prepare()
     check_exports(run)
+    check_throughput(run)
     with disk_errors(run.folder.path, "cannot be used"), run.folder.locked():
         recover(run.output)
         remove_leftovers(run.output)
@@ -155,8 +157,9 @@ def _judge(run: Run, evaluations: Evaluations, rows: list[dict[str, Any]]) -> _V
         "size": asdict(size_on_disk(run.original)),
         "evaluation": evaluations.original,
         "latency": evaluations.original_latency,
+        "throughput": evaluations.original_throughput,
     }
-    result = {key: rows[-1].get(key) for key in ("size", "evaluation", "latency")}
+    result = {key: rows[-1].get(key) for key in ("size", "evaluation", "latency", "throughput")}
     resampling = Resampling(recipe.confidence, recipe.bootstrap, recipe.seed)
     result["positions"] = paired(original["evaluation"], result["evaluation"], resampling)
     gates = recipe.gates.model_dump(exclude_none=True)

@@ -12,7 +12,7 @@ from compress.evaluation import metrics
 from compress.evaluation.positions import is_edge
 from compress.settings import AllowedIncrease, ByteSize, Level, Ratio, Settings, SizeRatio
 
-METRICS: tuple[str, ...] = (*metrics.table(), "latency", "memory")
+METRICS: tuple[str, ...] = (*metrics.table(), "latency", "memory", "throughput")
 #: Gates whose metric has another name, and gates that need no metric.
 _METRIC_OF_GATE = {"size": None, "parameters": None, "cache": None, "prefill": "latency", "decode": "latency"}
 
@@ -145,6 +145,25 @@ class RatioGate(Gate):
     max_ratio: Ratio | None = Field(default=None, description="Largest ratio to the original, such as 0.9 or 90%.")
 
 
+class RateGate(Gate):
+    """A bound on a rate, as a ratio to the original's in the same runtime on the same machine."""
+
+    min_ratio: Ratio | None = Field(default=None, description="Smallest ratio to the original, such as 1.5.")
+
+
+class ThroughputGate(Settings):
+    """Bounds on tokens per second in the runtime that `throughput` names."""
+
+    prefill: RateGate | None = Field(default=None, description="Tokens of a prompt per second.")
+    decode: RateGate | None = Field(default=None, description="Generated tokens per second.")
+
+    @model_validator(mode="after")
+    def _bounded(self) -> Self:
+        if self.prefill is None and self.decode is None:
+            raise ValueError("a gate needs a bound: `prefill` or `decode`, such as `decode: {min_ratio: 1.5}`")
+        return self
+
+
 class CacheGate(Gate):
     """Bounds on the bytes of the cache after a text of so many tokens, counted by the headers of both models."""
 
@@ -212,6 +231,9 @@ class Gates(_GatesOfMetrics):
     decode: RatioGates | None = Field(default=None, description="Time per generated token; several lengths as a list.")
     memory: RatioGates | None = Field(
         default=None, description="Peak memory of inference; with `at`, beyond the loaded weights."
+    )
+    throughput: ThroughputGate | None = Field(
+        default=None, description="Tokens per second in the runtime that serves the result."
     )
     cache: CacheGates | None = Field(
         default=None, description="Bytes of the cache at a length of text. It is exact, and needs no measurement."

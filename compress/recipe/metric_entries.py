@@ -12,6 +12,7 @@ from pydantic_core import PydanticCustomError, PydanticKnownError
 
 from compress.evaluation import metrics
 from compress.evaluation.latency_settings import LatencySettings
+from compress.evaluation.throughput_settings import ThroughputSettings
 from compress.recipe.gates import METRICS
 from compress.recipe.suggest import choices
 from compress.settings import Settings, distinct
@@ -20,6 +21,7 @@ from compress.settings import Settings, distinct
 SETTINGS: Mapping[str, type[Settings]] = {
     **{metric.name: metric.settings for metric in metrics.table().values() if metric.settings is not None},
     "latency": LatencySettings,
+    "throughput": ThroughputSettings,
 }
 
 

@@ -56,7 +56,12 @@ SYNONYMS: Mapping[str, Mapping[str, tuple[str, ...]]] = {
     "data.training": {k: v for k, v in _OF_FILES.items() if v != ("samples",)},
     "data.calibration": _OF_FILES,
     "data.evaluation": _table(window="max_length", max_documents="limit", files="path file", dataset="datasets"),
-    "evaluate": _OF_METRICS | _table(latency="speed time throughput", memory="ram peak_memory vram"),
+    "evaluate": _OF_METRICS
+    | _table(
+        latency="speed time",
+        throughput="tokens_per_second tok_s runtime",
+        memory="ram peak_memory vram",
+    ),
     "gates": _OF_METRICS
     | _table(
         prefill__or__decode="latency speed",

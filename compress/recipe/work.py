@@ -61,6 +61,8 @@ def _evaluation(recipe: Recipe, original: Spec, stages: Sequence[Spec]) -> Work 
     if metrics & SPEED_METRICS:
         result.add("clock", 0, 1, _LATENCY_SECONDS)
         result.add("start", 0, 1, _LATENCY_PROCESSES)
+    if "throughput" in metrics:
+        result.add("clock", 0, 1, _LATENCY_SECONDS)
     if section is None or not metrics & TEXT_METRICS:
         return result
     of_text = task_of(original.structure.class_name) is LANGUAGE and section.text is None and bool(section.files)

@@ -81,7 +81,11 @@ def before_after(report: Mapping[str, Any]) -> list[Row]:
     loaded = (a["load_bytes"], b["load_bytes"])
     decoded = ", decoded when loaded" if loaded[1] > 1.02 * b["bytes"] else ""
     rows.append(Row("weights in memory", format_bytes(loaded[0]), format_bytes(loaded[1]), ratio_of(*loaded) + decoded))
-    return rows + _quality(first["evaluation"], last["evaluation"]) + _speed(first["latency"], last["latency"])
+    return rows + (
+        _quality(first["evaluation"], last["evaluation"])
+        + _speed(first["latency"], last["latency"])
+        + _throughput(first.get("throughput"), last.get("throughput"))
+    )
 
 
 #: A sentence on the bars of the `waterfall`.
@@ -173,6 +177,18 @@ def _speed(before: Mapping[str, Any] | None, after: Mapping[str, Any] | None) ->
         rows.append(Row(name, seconds_text(x["median"]), seconds_text(y["median"]), change, timed=True))
     x, y = before["memory"]["peak"], after["memory"]["peak"]
     rows.append(Row("memory of inference", format_bytes(x), format_bytes(y), ratio_of(x, y), timed=True))
+    return rows
+
+
+def _throughput(before: Mapping[str, Any] | None, after: Mapping[str, Any] | None) -> list[Row]:
+    if before is None or after is None:
+        return []
+    rows = []
+    for key, name in (("prefill", f"reads {after['prompt']} tokens"), ("decode", "decodes")):
+        x, y = before[key]["median"], after[key]
+        change = f"{ratio(y['ratio'])} ({significant(y['lower'])} to {significant(y['upper'])})"
+        old, new = (f"{significant(rate)} tokens/s" for rate in (x, y["median"]))
+        rows.append(Row(f"{after['runtime']} {name}", old, new, change, timed=True))
     return rows
 
 

@@ -15,6 +15,7 @@ from compress.report.latency_schema import Memory as Memory
 from compress.report.latency_schema import Timing as Timing
 from compress.report.parts import Count, Number, Part
 from compress.report.repetition_schema import Repetitions
+from compress.report.throughput_schema import Throughput as Throughput
 
 
 class CacheParts(Part):
@@ -258,6 +259,7 @@ class Stage(Part):
     folder: str
     evaluation: Measured | None
     latency: Latency | None
+    throughput: Throughput | None = None
 
 
 class Original(Part):
@@ -267,6 +269,7 @@ class Original(Part):
     size: SizeRow
     evaluation: Measured | None
     latency: Latency | None
+    throughput: Throughput | None = None
 
 
 class Result(Part):
@@ -275,6 +278,7 @@ class Result(Part):
     size: SizeRow
     evaluation: Measured | None
     latency: Latency | None
+    throughput: Throughput | None = None
     positions: list[PairedPosition] | None = Field(
         default=None, description="Loss by position in the window, beside the original's; of causal language models."
     )

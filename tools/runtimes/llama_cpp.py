@@ -62,10 +62,10 @@ def quantize(source: Path, target: Path, kind: str, imatrix: dict[str, np.ndarra
     options.i[0], options.i[1] = 1, TYPES[kind]
     kept = []
     if imatrix is not None:
-        entries = (core.Importance * (len(imatrix) + 1))()
+        entries = (core.InputMeans * (len(imatrix) + 1))()
         for place, (name, values) in enumerate(imatrix.items()):
             kept.append(flat := np.ascontiguousarray(values, np.float32).ravel())
-            entries[place] = core.Importance(name.encode(), flat.ctypes.data_as(C.POINTER(C.c_float)), flat.size)
+            entries[place] = core.InputMeans(name.encode(), flat.ctypes.data_as(C.POINTER(C.c_float)), flat.size)
         C.cast(C.byref(options, 24), C.POINTER(C.c_void_p))[0] = C.cast(entries, C.c_void_p)
     core.said.clear()
     if lib.model_quantize(os.fsencode(source), os.fsencode(target), C.byref(options)):
