@@ -75,10 +75,12 @@ _DEFAULTS = {0: 512, 1: 2048, 2: 512, 7: 4, 8: 4, 13: -1, 26: 1, 27: 1}
 said: list[str] = []
 
 
-@C.CFUNCTYPE(None, C.c_int, _TEXT, _POINTER)
-def _log(level: int, text: bytes, _: Any) -> None:
+def _keep_error(level: int, text: bytes, _: Any) -> None:
     if level == 4:
         said.append(text.decode(errors="replace").strip())
+
+
+_log = C.CFUNCTYPE(None, C.c_int, _TEXT, _POINTER)(_keep_error)
 
 
 def find_libraries(place: Path) -> Path | None:
