@@ -89,15 +89,15 @@ def find_libraries(place: Path) -> Path | None:
 
 
 @cache
-def library(folder: Path) -> Any:
+def library(libraries: Path) -> Any:
     """The C library in a folder, with the CPU backend that fits this machine best.
 
     Raises:
         RuntimeError: it is not laid out as llama.cpp 0.5.0.
     """
     for pattern in ("libggml-base.*", "libggml.*"):
-        ggml = C.CDLL(str(min(folder.glob(pattern))), mode=C.RTLD_GLOBAL)
-    llama = C.CDLL(str(file := min(folder.glob("libllama.*"))), mode=C.RTLD_GLOBAL)
+        ggml = C.CDLL(str(min(libraries.glob(pattern))), mode=C.RTLD_GLOBAL)
+    llama = C.CDLL(str(file := min(libraries.glob("libllama.*"))), mode=C.RTLD_GLOBAL)
     calls = {}
     for name, (result, arguments) in _SIGNATURES.items():
         calls[name.removeprefix("llama_")] = function = getattr(llama, name)
@@ -105,7 +105,7 @@ def library(folder: Path) -> Any:
     calls["log_set"](_log, None)
     ggml.ggml_log_set(_log, None)
     ggml.ggml_backend_load_all_from_path.argtypes = [_TEXT]
-    ggml.ggml_backend_load_all_from_path(os.fsencode(folder))
+    ggml.ggml_backend_load_all_from_path(os.fsencode(libraries))
     calls["backend_init"]()
     defaults = calls["context_default_params"]().i
     if tuple(defaults[i] for i in _DEFAULTS) != tuple(_DEFAULTS.values()):
