@@ -16,7 +16,7 @@ from compress.passes.cast.settings import CastSettings
 from compress.planning.make import plan_pass
 from compress.planning.plan import Plan, PlannedPass
 from compress.planning.sizes import planned_size
-from compress.spec.spec import FLOAT_DTYPES, Tensor
+from compress.spec.spec import FLOAT_DTYPES, Runtime, Tensor
 
 if TYPE_CHECKING:
     from compress.recipe import Recipe
@@ -47,25 +47,29 @@ def _tables(recipe: Recipe, plan: Plan) -> Iterator[str]:
         return
     names = " and ".join(tensor.module for tensor in tables)
     text = f"{format_bytes(size)} of {format_bytes(last.size.bytes)} is {names} ({_words(tables)})"
-    ways: list[tuple[str, Store, str]] = [("int8", "compact", "with `store: compact`")]
+    ways: list[tuple[str, Store, Runtime, str]] = [("int8", "compact", "transformers", "`store: compact`")]
+    if plan.store == "stock" and model_map(last.spec).has_head:
+        ways.append(("int4", "stock", "vllm", "`runtime: vllm`"))
     if any(tensor.dtype == "F32" for tensor in tables):
-        ways.append(("bf16", plan.store, f"with `store: {plan.store}`"))
+        ways.append(("bf16", plan.store, last.settings.runtime, f"`store: {plan.store}`"))
     tried = []
-    for format_, store, words in ways:
-        bytes_ = _with_override(recipe, plan, tables, format_, store)
+    for format_, store, runtime, words in ways:
+        bytes_ = _with_override(recipe, plan, tables, format_, store, runtime)
         if bytes_ is not None and bytes_ < last.size.bytes:
             override = ", ".join(f"{tensor.module}: {format_}" for tensor in tables)
-            tried.append(f"`overrides: {{{override}}}` {words} leaves {format_bytes(bytes_)}")
+            tried.append(f"`overrides: {{{override}}}` with {words} leaves {format_bytes(bytes_)}")
     if tried:
         yield f"{text}: {'; '.join(tried)}"
 
 
-def _with_override(recipe: Recipe, plan: Plan, tables: Sequence[Tensor], format_: str, store: Store) -> int | None:
+def _with_override(
+    recipe: Recipe, plan: Plan, tables: Sequence[Tensor], format_: str, store: Store, runtime: Runtime
+) -> int | None:
     """Bytes of the result if the last cast gave the tables that format, in a store; None where it does not work."""
     planned = [p for stage in plan.stages for p in stage.passes]
     before = planned[-2].spec if len(planned) > 1 else plan.original_spec
     settings, instance = planned[-1].settings, passes.get("cast")
-    update = {"overrides": {**{tensor.module: format_ for tensor in tables}, **settings.overrides}}
+    update = {"runtime": runtime, "overrides": {**{tensor.module: format_ for tensor in tables}, **settings.overrides}}
     given = [name for name in ("training", "calibration", "evaluation") if getattr(recipe.data, name) is not None]
     unset = {"fused_experts": None, "convolutions": None} if store != plan.store else {}
     try:

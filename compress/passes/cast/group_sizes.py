@@ -59,6 +59,8 @@ class GroupSizes:
             quant_format = replace(quant_format, transposed=True)
         if linear.experts:
             quant_format = replace(quant_format, experts=linear.experts)
+        if linear.role == "embedding":  # it reads ids
+            quant_format = replace(quant_format, activations=None)
         if _leftover(linear.I, quant_format):
             _refuse([linear], quant_format)
         if quant_format.is_trellis:

@@ -79,6 +79,14 @@ def test_a_head_has_the_codes_of_the_table_that_it_shared():
     assert other.tensors["lm_head.weight"].alias_of == f"{TABLE}.weight"
 
 
+def test_a_table_has_no_inputs_to_round():
+    before = open_checkpoint(pico.folder("llama", dtype=torch.bfloat16, **SIZES))
+    cast = plan(before, "cast", scheme="W8A8", overrides={TABLE: "int8", "lm_head": "int8"}, runtime="vllm")
+    formats = {name: cast.tensors[f"{name}.weight"].quant_format.activations for name in (TABLE, "lm_head")}
+    assert formats == {TABLE: None, "lm_head": "int8"}
+    assert refusals(cast, VLLM) == []
+
+
 def test_one_group_names_the_head_beside_the_classes():
     before = open_checkpoint(pico.folder("llama", dtype=torch.bfloat16, **SIZES))
     cast = plan(before, "cast", weights="int8", overrides={TABLE: "int8", "lm_head": "int8"}, runtime="vllm")
