@@ -59,8 +59,9 @@ class GroupSizes:
             quant_format = replace(quant_format, transposed=True)
         if linear.experts:
             quant_format = replace(quant_format, experts=linear.experts)
-        if linear.role == "embedding":  # it reads ids
-            quant_format = replace(quant_format, activations=None)
+        if linear.role == "embedding":  # it reads ids; of vLLM's kernels none reads zero points
+            symmetric = quant_format.symmetric or self._settings.runtime == "vllm"
+            quant_format = replace(quant_format, activations=None, symmetric=symmetric)
         if _leftover(linear.I, quant_format):
             _refuse([linear], quant_format)
         if quant_format.is_trellis:

@@ -79,6 +79,13 @@ def test_a_head_has_the_codes_of_the_table_that_it_shared():
     assert other.tensors["lm_head.weight"].alias_of == f"{TABLE}.weight"
 
 
+def test_a_table_has_no_zero_points():
+    before = open_checkpoint(pico.folder("llama", dtype=torch.bfloat16, **SIZES))
+    cast = plan(before, "cast", scheme="W4A16_ASYM", overrides={TABLE: "int4"}, runtime="vllm")
+    zeros = {t.quant_format.symmetric for t in cast.stored() if t.quant_format and t.module != TABLE}
+    assert (cast.tensors[f"{TABLE}.weight"].quant_format.symmetric, zeros) == (True, {False})
+
+
 def test_a_table_has_no_inputs_to_round():
     before = open_checkpoint(pico.folder("llama", dtype=torch.bfloat16, **SIZES))
     cast = plan(before, "cast", scheme="W8A8", overrides={TABLE: "int8", "lm_head": "int8"}, runtime="vllm")
