@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 
 from compress.checkpoint.layout import lay_out
 from compress.checkpoint.storage import format_chain, parts
+from compress.checkpoint.storage.compressed_tensors.loaders import stock_holds
 from compress.checkpoint.store import with_storage
 from compress.errors import PassError
 from compress.solvers.knapsack import choose
@@ -31,12 +32,14 @@ class Choices:
         groups: tensors; those of one group get the same option.
         options: formats, some with a group size.
         quant_format: format of a tensor (first argument) with an option.
+        planned: the checkpoint with formats for the tensors of the groups; other tensors have those that the settings name.
     """
 
     spec: Spec
     groups: Sequence[Sequence[str]]
     options: Sequence[str]
     quant_format: Callable[[str, str], QuantFormat]
+    planned: Callable[[Mapping[str, QuantFormat]], Spec]
 
     def allocate(
         self, losses: Mapping[str, Mapping[str, float]], bits: float | None, max_bytes: int | None = None
@@ -102,7 +105,6 @@ class Choices:
 
     def _whole(self, quant_formats: Mapping[str, QuantFormat]) -> int:
         """Bytes of all weight files of the checkpoint with these formats."""
-        coded = self.spec.map(
-            lambda t: replace(t, quant_format=quant_formats[t.name]) if t.name in quant_formats else t
-        )
-        return lay_out(with_storage(coded, "stock"), 1 << 62).bytes
+        cast = self.planned(quant_formats)
+        held = all(map(stock_holds(cast), cast.stored()))
+        return lay_out(with_storage(cast, "stock" if held else "compact"), 1 << 62).bytes

@@ -121,7 +121,10 @@ def choices(spec: Spec, settings: CastSettings, groups: Sequence[Sequence[str]])
     is_expert = model_map(spec).is_expert
     apart = [list(group) for group in groups if not is_expert(group[0])]
     experts = list(dict.fromkeys(name for group in groups if is_expert(group[0]) for name in group))
-    return Choices(spec, [*apart, *([experts] if experts else [])], tuple(settings.options), sizes.quant_format)
+    grouped = [*apart, *([experts] if experts else [])]
+    return Choices(
+        spec, grouped, tuple(settings.options), sizes.quant_format, lambda formats: planned(spec, settings, formats)
+    )
 
 
 def left_note(spec: Spec, settings: CastSettings) -> str | None:

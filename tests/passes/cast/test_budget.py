@@ -6,9 +6,13 @@ import pytest
 import torch
 
 import compress
-from compress.checkpoint.open import open_checkpoint
+from compress.checkpoint.layout import lay_out
+from compress.checkpoint.open import open_checkpoint, open_headers
 from compress.checkpoint.storage import parts
+from compress.checkpoint.store import with_storage
 from compress.errors import PassError
+from compress.passes.cast.cast import Cast
+from compress.passes.cast.settings import CastSettings
 from tests import pico
 from tests.toolbox import our_logits, stock_logits
 
@@ -70,3 +74,19 @@ def test_cast_budget_chooses_group_sizes(data, tmp_path):
     assert all(t.quant_format.groups(t.shape) * (t.quant_format.group or t.shape[1]) == t.shape[1] for t in coded)
     assert {r["format"].partition("/")[0] for r in details["formats"]} == {t.quant_format.format for t in coded}
     assert torch.equal(stock_logits(out, tmp_path), our_logits(out))
+
+
+def test_max_bytes_counts_codes_of_embeddings(folders):
+    """A bound on the whole files leaves the blocks what a coded table of tokens gives up."""
+    spec, _ = open_headers(folders["llama"])
+    table = "model.embed_tokens"
+    settings = CastSettings(max_bytes=130_000, overrides={table: "int4"})
+    bound = lay_out(with_storage(Cast().plan(spec, settings), "compact"), 1 << 62).bytes
+    assert 0.95 * 130_000 < bound <= 130_000
+    dense = CastSettings(max_bytes=130_000)
+    mean = [
+        sum(t.quant_format.bits * t.count for t in coded) / sum(t.count for t in coded)
+        for s in (settings, dense)
+        if (coded := [t for t in Cast().plan(spec, s).stored() if t.quant_format and t.module != table])
+    ]
+    assert mean[0] > mean[1]
