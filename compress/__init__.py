@@ -2,9 +2,10 @@
 
     recipe.yaml ▶ recipe ▶ plan ▶ pipeline of passes ▶ evaluation ▶ report ▶ gates ▶ exit status
 
-`run` runs a recipe, `check` and `plan` try it on headers alone, `apply` applies one pass. `load` opens any checkpoint that
-this project writes as a transformers model, `unpack` writes its dense twin, `export` a file of another runtime. `inspect` and
-`diff` show what checkpoints hold, `evaluate` and `gate` measure and judge them. What can go wrong is a `CompressError`.
+`run` runs a recipe, `check` and `plan` try it on headers alone, `apply` applies one pass. `fit` chooses the passes for a
+bound on bytes. `load` opens any checkpoint that this project writes as a transformers model, `unpack` writes its dense twin,
+`export` a file of another runtime. `inspect` and `diff` show what checkpoints hold, `evaluate` and `gate` measure and judge
+them. What can go wrong is a `CompressError`.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
     from compress.api import diff as diff
     from compress.api import evaluate as evaluate
     from compress.api import export as export
+    from compress.api import fit as fit
     from compress.api import gate as gate
     from compress.api import inspect as inspect
     from compress.api import load as load
@@ -35,6 +37,7 @@ __all__ = [
     "diff",
     "evaluate",
     "export",
+    "fit",
     "gate",
     "inspect",
     "load",

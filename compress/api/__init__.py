@@ -2,6 +2,7 @@
 
 from compress.api.checkpoints import diff, inspect, load, register_attention, unpack
 from compress.api.exports import export
+from compress.api.fits import fit
 from compress.api.passes import apply
 from compress.api.quality import evaluate, gate
 from compress.api.recipes import check, plan, read_recipe, run
@@ -12,6 +13,7 @@ __all__ = [
     "diff",
     "evaluate",
     "export",
+    "fit",
     "gate",
     "inspect",
     "load",

@@ -28,15 +28,20 @@ def with_storage(spec: Spec, store: Store) -> Spec:
     def choose(tensor: Tensor) -> Tensor:
         if store == "stock" and not holds(tensor):
             return replace(tensor, quant_format=None, kept=None, storage=DENSE)
-        options = [
-            replace(tensor, storage=chain)
-            for chain in CHAINS
-            if CODECS[chain].takes(tensor) and (store == "compact" or not CODECS[chain].compact)
-        ]
-        best = min(options, key=lambda t: sum(part.bytes for part in parts(t)))  # the first of equals has no mask
-        return best if best.quant_format is None or CODECS[best.storage].masked else replace(best, kept=None)
+        return smallest(tensor, store)
 
     return spec.map(choose)
+
+
+def smallest(tensor: Tensor, store: Store) -> Tensor:
+    """The tensor with the smallest storage chain of the store; dense wins ties, and codes without a mask lose it."""
+    options = [
+        replace(tensor, storage=chain)
+        for chain in CHAINS
+        if CODECS[chain].takes(tensor) and (store == "compact" or not CODECS[chain].compact)
+    ]
+    best = min(options, key=lambda t: sum(part.bytes for part in parts(t)))  # the first of equals has no mask
+    return best if best.quant_format is None or CODECS[best.storage].masked else replace(best, kept=None)
 
 
 def needs_code(spec: Spec) -> bool:

@@ -7,6 +7,7 @@ import typer
 
 from compress.cli.commands.common import Code
 from compress.cli.export import export
+from compress.cli.fit import fit
 from compress.cli.help import GroupedHelp
 from compress.cli.options import (
     AllowLinks,
@@ -38,6 +39,7 @@ from compress.cli.options import (
     RecipeOrModel,
     RecipeOutput,
     Resolved,
+    SaveRecord,
     Separator,
     Sets,
     SharedOption,
@@ -170,10 +172,7 @@ def inspect(
     architecture: Annotated[
         bool, typer.Option("--architecture", help="Show blocks, roles of matrices, embeddings, head and ties instead.")
     ] = False,
-    save: Annotated[
-        Optional[Path],
-        typer.Option("--save", help="Write the inferred architecture as a Python record.", metavar="FILE"),
-    ] = None,
+    save: SaveRecord = None,
     trust_remote_code: Trust = False,
     ignore_auto_map: IgnoreCode = False,
     allow_links: AllowLinks = False,
@@ -396,5 +395,5 @@ def clean(
     listing.clean(run_folder, everything=everything, dry_run=dry_run)
 
 
-app.command()(export)
-app.command()(sweep)
+for command in (export, sweep, fit):
+    app.command()(command)

@@ -12,7 +12,7 @@ from compress.errors import CompressError
 
 #: Groups of commands by the job they do.
 GROUPS = {
-    "Recipes": ("init", "check", "plan", "run", "sweep"),
+    "Recipes": ("init", "check", "plan", "run", "sweep", "fit"),
     "Quality": ("eval", "gate", "report"),
     "Checkpoints": ("inspect", "diff", "unpack", "export"),
     "Reference": ("passes", "schema"),
@@ -31,6 +31,11 @@ EXAMPLES = {
         "compress run recipe.yaml",
         "compress run recipe.yaml --set passes.0.cast.weights=int8 \\\n      --set output=out/int8",
         "compress run --preset W4A16 MODEL -o out/model-w4a16",
+    ),
+    "fit": (
+        "compress fit MODEL --max-bytes 200MB --max-increase 1%",
+        "compress fit MODEL --max-ratio 10% --store compact --tokens 2000000 -o out/small",
+        "compress fit fit.yaml --only-search",
     ),
     "sweep": (
         "compress sweep sweep.yaml",

@@ -60,6 +60,10 @@ RecipeOutput = Annotated[
     Path | None,
     typer.Option("--output", "-o", help="File to write, by default recipe.yaml; `-` for stdout.", metavar="FILE"),
 ]
+SaveRecord = Annotated[
+    Path | None,
+    typer.Option("--save", help="Write the inferred architecture as a Python record.", metavar="FILE"),
+]
 RecipeFiles = Annotated[list[Path], typer.Argument(help="Recipes (YAML).", metavar="RECIPE...")]
 CheckFormat = Annotated[
     str | None,

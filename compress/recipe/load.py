@@ -149,6 +149,9 @@ def _finish(root: MapNode | None, sets: Sequence[str], files: _Files, check_file
     if root is not None and searches(root):
         place = find_place(root, ("sweep",), key=True) if "sweep" in root.entries else root.place
         problems.append(Problem("this recipe searches for values", place, ("sweep",), "run it with `compress sweep`"))
+    elif root is not None and "fit" in root.entries:
+        place = find_place(root, ("fit",), key=True)
+        problems.append(Problem("this recipe has a bound", place, ("fit",), "run it with `compress fit`"))
     elif root is not None:
         recipe = build(root, problems, check_files=check_files, complete=files.complete)
     if recipe is None or problems:

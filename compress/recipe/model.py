@@ -15,6 +15,7 @@ from compress.passes.base import InputMultiple
 from compress.recipe.data import Data, Text
 from compress.recipe.entries import PassEntry, RecipeEntry
 from compress.recipe.export_entries import RecipeExports
+from compress.recipe.fit import Bound
 from compress.recipe.gates import METRICS, Gates, metric_of
 from compress.recipe.log import Log
 from compress.recipe.metric_entries import SETTINGS, RecipeMetrics, parse_metric
@@ -116,6 +117,10 @@ class Recipe(Settings):
         default=(),
         description="Files of other runtimes to write once the output is published, beside it: `gguf` writes `<output>.gguf`. "
         "Each as a name or as `name: {settings}`.",
+    )
+    fit: Bound | None = Field(
+        default=None,
+        description="A bound on the bytes of the result, in place of `passes`; `compress fit` finds these.",
     )
     sweep: Sweep | None = Field(
         default=None,

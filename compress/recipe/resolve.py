@@ -33,8 +33,9 @@ def resolved(recipe: Recipe) -> dict[str, Any]:
     values["log"] = {name: value for name, value in values["log"].items() if value is not None}
     if not values["log"]:
         del values["log"]
-    if values["sweep"] is None:
-        del values["sweep"]
+    for section in ("fit", "sweep"):
+        if values[section] is None:
+            del values[section]
     for section in values["data"].values():
         if section["dataset"] is not None:  # its files are those of this machine
             section.pop("files", None)

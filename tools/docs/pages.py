@@ -135,6 +135,7 @@ def reference_page() -> str:
     """Return every key of a recipe, from the recipe's model."""
     from compress.passes.describe import describe_settings
     from compress.recipe.data import Data
+    from compress.recipe.fit import Bound
     from compress.recipe.gates import Gates
     from compress.recipe.messages import models_in
     from compress.recipe.model import Recipe
@@ -160,6 +161,12 @@ def reference_page() -> str:
             lines += [f"### `{title}.{name}`", "", field.description or "", ""]
             lines += [*settings_table(describe_settings(inner), "key"), ""]
     lines += [
+        "## `fit`",
+        "",
+        "A bound that a [search](fit.md) keeps.",
+        "",
+        *settings_table(describe_settings(Bound), "key"),
+        "",
         "## `sweep`",
         "",
         "Goals of a [sweep](sweeps.md).",

@@ -9,6 +9,7 @@ if TYPE_CHECKING:
     from compress.cli.tables.checkpoint import print_diff as print_diff
     from compress.cli.tables.checkpoint import print_inspection as print_inspection
     from compress.cli.tables.export import print_export as print_export
+    from compress.cli.tables.fit import print_fit as print_fit
     from compress.cli.tables.listing import print_pass as print_pass
     from compress.cli.tables.listing import print_passes as print_passes
     from compress.cli.tables.listing import print_runs as print_runs
@@ -23,6 +24,7 @@ _HOME = {
     "print_diff": "checkpoint",
     "print_evaluation": "report",
     "print_export": "export",
+    "print_fit": "fit",
     "print_gates": "report",
     "print_inspection": "checkpoint",
     "print_pass": "listing",

@@ -7,8 +7,7 @@ from dataclasses import dataclass, replace
 
 from compress.checkpoint.layout import lay_out
 from compress.checkpoint.storage import format_chain, parts
-from compress.checkpoint.storage.compressed_tensors.loaders import stock_holds
-from compress.checkpoint.store import with_storage
+from compress.checkpoint.store import Store, smallest, with_storage
 from compress.errors import PassError
 from compress.solvers.knapsack import choose
 from compress.spec.formats import QuantFormat
@@ -33,6 +32,7 @@ class Choices:
         options: formats, some with a group size.
         quant_format: format of a tensor (first argument) with an option.
         planned: the checkpoint with formats for the tensors of the groups; other tensors have those that the settings name.
+        store: where the result is written.
     """
 
     spec: Spec
@@ -40,6 +40,7 @@ class Choices:
     options: Sequence[str]
     quant_format: Callable[[str, str], QuantFormat]
     planned: Callable[[Mapping[str, QuantFormat]], Spec]
+    store: Store = "stock"
 
     def allocate(
         self, losses: Mapping[str, Mapping[str, float]], bits: float | None, max_bytes: int | None = None
@@ -55,7 +56,8 @@ class Choices:
             PassError: even the smallest formats exceed the budget; it names the least possible budget.
         """
         names = [name for group in self.groups for name in group]
-        costs = [[sum(self._bytes(n, f) for n in group) for f in self.options] for group in self.groups]
+        masked = max_bytes is not None and self.store == "compact"
+        costs = [[sum(self._bytes(n, f, masked) for n in group) for f in self.options] for group in self.groups]
         values = [[sum(losses[n][f] for n in group) for f in self.options] for group in self.groups]
         least = sum(min(row) for row in costs)
         count = sum(self.spec.tensors[n].count for n in names)
@@ -95,16 +97,14 @@ class Choices:
             points.append((half / 2, sum(losses[n][o] for n, o in chosen.items())))
         return points
 
-    def _bytes(self, name: str, option: str) -> int:
-        """Stored bytes of a tensor with an option."""
+    def _bytes(self, name: str, option: str, masked: bool) -> int:
+        """Stored bytes of a tensor with an option. ``masked``: of the weights that its mask keeps, if that is less."""
         quant_format = self.quant_format(name, option)
-        tensor = replace(
-            self.spec.tensors[name], kept=None, quant_format=quant_format, storage=format_chain(quant_format)
-        )
-        return sum(part.bytes for part in parts(tensor))
+        tensor = replace(self.spec.tensors[name], quant_format=quant_format, storage=format_chain(quant_format))
+        if masked and tensor.kept is not None:
+            tensor = smallest(tensor, "compact")
+        return sum(part.bytes for part in parts(tensor if masked else replace(tensor, kept=None)))
 
     def _whole(self, quant_formats: Mapping[str, QuantFormat]) -> int:
         """Bytes of all weight files of the checkpoint with these formats."""
-        cast = self.planned(quant_formats)
-        held = all(map(stock_holds(cast), cast.stored()))
-        return lay_out(with_storage(cast, "stock" if held else "compact"), 1 << 62).bytes
+        return lay_out(with_storage(self.planned(quant_formats), self.store), 1 << 62).bytes

@@ -74,7 +74,7 @@ class Cast(Pass[CastSettings]):
             update["fused_experts"] = store == "compact"
         if settings.convolutions is None and settings.coded:
             update["convolutions"] = store == "compact"
-        return settings.model_copy(update=update)
+        return settings.model_copy(update=update).stored_in(store)
 
     def input_multiple(self, settings: CastSettings) -> InputMultiple:
         """The groups of mxfp4 and nvfp4, and those of `group_size`, are needed; groups of 64 by default are preferred."""

@@ -123,7 +123,12 @@ def choices(spec: Spec, settings: CastSettings, groups: Sequence[Sequence[str]])
     experts = list(dict.fromkeys(name for group in groups if is_expert(group[0]) for name in group))
     grouped = [*apart, *([experts] if experts else [])]
     return Choices(
-        spec, grouped, tuple(settings.options), sizes.quant_format, lambda formats: planned(spec, settings, formats)
+        spec,
+        grouped,
+        tuple(settings.options),
+        sizes.quant_format,
+        lambda formats: planned(spec, settings, formats),
+        settings.store,
     )
 
 

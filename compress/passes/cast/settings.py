@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection
 from typing import Annotated, Any, ClassVar, Literal, Self, get_args
 
-from pydantic import AfterValidator, Field, model_validator
+from pydantic import AfterValidator, Field, PrivateAttr, model_validator
 
 from compress.blockwise.memory_budget import GRADIENT_TOKENS
 from compress.passes.base import PassSettings
@@ -209,6 +209,19 @@ class CastSettings(PassSettings):
         "that it has a kernel for. A head that shares the table's weights gets codes of its own then, because vLLM reads no "
         "shared ones.",
     )
+
+    _store: Literal["stock", "compact"] = PrivateAttr(default="stock")
+
+    @property
+    def store(self) -> Literal["stock", "compact"]:
+        """The recipe's store, for budgets of bytes."""
+        return self._store
+
+    def stored_in(self, store: Literal["stock", "compact"]) -> Self:
+        """The settings of a recipe with that store."""
+        copy = self.model_copy()
+        copy._store = store
+        return copy
 
     @model_validator(mode="after")
     def _fits(self) -> Self:

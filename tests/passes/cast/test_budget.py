@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -80,7 +82,7 @@ def test_max_bytes_counts_codes_of_embeddings(folders):
     """The blocks get what a coded table of tokens gives up: more bits within 95 kB than beside a dense one within 120 kB."""
     spec, _ = open_headers(folders["llama"])
     table = "model.embed_tokens"
-    settings = CastSettings(max_bytes=95_000, overrides={table: "int4"})
+    settings = CastSettings(max_bytes=95_000, overrides={table: "int4"}).stored_in("compact")
     size = lay_out(with_storage(Cast().plan(spec, settings), "compact"), 1 << 62).bytes
     assert 0.95 * 95_000 < size <= 95_000
     dense = CastSettings(max_bytes=120_000)
@@ -90,3 +92,18 @@ def test_max_bytes_counts_codes_of_embeddings(folders):
         if (coded := [t for t in Cast().plan(spec, s).stored() if t.quant_format and t.module != table])
     ]
     assert mean[0] > mean[1]
+
+
+def test_max_bytes_counts_masks_in_the_compact_store(folders):
+    """Half of the weights removed: the others get more bits within the same bytes."""
+    spec, _ = open_headers(folders["llama"])
+    names = [t.name for t in spec.stored() if len(t.shape) == 2 and ".layers." in t.name]
+    half = spec.map(lambda t: replace(t, kept=t.count // 2) if t.name in names else t)
+    bits = []
+    for each in (spec, half):
+        settings = CastSettings(max_bytes=125_000, group_size=16).stored_in("compact")
+        coded = Cast().plan(each, settings)
+        size = lay_out(with_storage(coded, "compact"), 1 << 62).bytes
+        assert 0.9 * 125_000 < size <= 125_000
+        bits.append(sum(t.quant_format.bits for t in coded.stored() if t.quant_format))
+    assert bits[1] > bits[0]
