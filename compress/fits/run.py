@@ -132,7 +132,7 @@ def _check(recipe: Recipe, original: Stored, settings: Bound, most: int, before:
         raise DataError("`max_increase` is a gate, which needs text", where="data.evaluation", fix="name a text file")
 
 
-def _trials(recipe: Recipe, original: Stored, mapping: Mapping[str, Any], folder: Path) -> tuple[TrialRunner, int]:
+def _trials(recipe: Recipe, original: Stored, mapping: Mapping[str, Any], path: Path) -> tuple[TrialRunner, int]:
     """The runner of trials, and the number of their calibration samples; the others are held out."""
     from safetensors.torch import save_file
 
@@ -144,12 +144,12 @@ def _trials(recipe: Recipe, original: Stored, mapping: Mapping[str, Any], folder
         raise DataError(
             f"there are {len(ids)} calibration samples, and a search takes 4 at least", where="data.calibration"
         )
-    file = folder / "samples.safetensors"
+    file = path / "samples.safetensors"
     save_file({"calibration": ids[:-held].contiguous(), "held_out": ids[-held:].contiguous()}, file)
-    identity = hash_input(original, folder / "inputs.json") + data.fingerprint("calibration")
+    identity = hash_input(original, path / "inputs.json") + data.fingerprint("calibration")
     identity += data.fingerprint("training") if recipe.data.training is not None else ""
     base = {key: mapping[key] for key in _OF_TRIALS if key in mapping}
-    return TrialRunner(folder, base, identity, file, resolve_device(recipe.device)), len(ids) - held
+    return TrialRunner(path, base, identity, file, resolve_device(recipe.device)), len(ids) - held
 
 
 def _recipe(mapping: Mapping[str, Any], search: Search, best: Ranked, recipe: Recipe) -> dict[str, Any]:

@@ -43,12 +43,12 @@ class TrialRunner:
     """Runs trials, or reads what they measured before.
 
     Attributes:
-        folder: of the search. base: the recipe's keys but passes and output. identity: of the contents of model and samples.
+        path: folder of the search. base: the recipe's keys but passes and output. identity: of the contents of model and samples.
         samples: file of token ids, `calibration` and `held_out`. device: of the computation.
         made: number of trials that were not read.
     """
 
-    folder: Path
+    path: Path
     base: Mapping[str, Any]
     identity: str
     samples: Path
@@ -62,7 +62,7 @@ class TrialRunner:
             ResourceError: the process was killed or ran out of memory. CompressError: it ended in another way.
         """
         key = fingerprint([self.identity, passes, count, versions()])[:24]
-        record = self.folder / "trials" / f"{key}.json"
+        record = self.path / "trials" / f"{key}.json"
         if (known := read_record(record, _TRIAL)) is None:
             known = self._run(passes, count, key)
             record.parent.mkdir(parents=True, exist_ok=True)
@@ -73,7 +73,7 @@ class TrialRunner:
         return Tried(known["bytes"], tuple(known["divergences"]), known["seconds"])
 
     def _run(self, passes: list[dict[str, Any]], count: int, key: str) -> dict[str, Any]:
-        work = self.folder / "work" / key
+        work = self.path / "work" / key
         for other in work.parent.glob("*") if work.parent.exists() else ():
             if other != work:  # of a trial that was stopped and is asked for no more
                 remove(other)
