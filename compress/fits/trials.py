@@ -43,7 +43,7 @@ class TrialRunner:
     """Runs trials, or reads what they measured before.
 
     Attributes:
-        path: folder of the search. base: the recipe's keys but passes and output. identity: of the contents of model and samples.
+        path: folder of the search. base: the recipe's keys but passes and output. identity: of the model and the samples.
         samples: file of token ids, `calibration` and `held_out`. device: of the computation.
         made: number of trials that were not read.
     """
