@@ -20,6 +20,7 @@ NAMES = [
     "diff",
     "evaluate",
     "export",
+    "fit",
     "gate",
     "inspect",
     "load",

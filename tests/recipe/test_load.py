@@ -88,7 +88,7 @@ def test_load_recipe_reads_a_full_recipe(work: Path) -> None:
     assert [(entry.name, entry.settings) for entry in recipe.passes] == [
         ("prune_structured", PruneStructuredSettings(layers=(1, 3))),
         ("prune_unstructured", PruneUnstructuredSettings(pattern=Pattern(2, 4), skip=["re:.*lm_head"])),
-        ("cast", CastSettings(weights="bf16", overrides={"model.layers.*": "fp16"})),
+        ("cast", CastSettings(weights="bf16", overrides={"model.layers.*": "fp16"}).stored_in("compact")),
     ]
     assert recipe.gates.size is not None
     assert (recipe.gates.size.max, recipe.gates.size.max_ratio) == (1_000_000, 0.4)
@@ -266,7 +266,7 @@ r.yaml:16:5: expected one pass, got `cast`, `weights`
 r.yaml:18:36: sparsity: expected a share between 0 and 1, such as 50% or 0.5, got '150%'
    18 |   - prune_unstructured: {sparsity: 150%, pattern: 2:4}
       |                                    ^^^^
-r.yaml:19:12: expected bits_per_byte, perplexity, accuracy, repetition, f1, similarity, spearman, kl, agreement, latency or memory, got 'bpb'
+r.yaml:19:12: expected bits_per_byte, perplexity, accuracy, repetition, f1, similarity, spearman, kl, agreement, latency, memory or throughput, got 'bpb'
    19 | evaluate: [bpb, kl]
       |            ^^^
    did you mean `bits_per_byte`?

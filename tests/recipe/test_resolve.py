@@ -88,6 +88,7 @@ def test_resolved_writes_out_defaults(work: Path) -> None:
                     "activations": None,
                     "kv_cache": None,
                     "kv_cache_scales": None,
+                    "runtime": "transformers",
                 }
             }
         ],
