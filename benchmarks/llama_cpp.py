@@ -29,6 +29,7 @@ OURS: dict[str, tuple[dict[str, Any] | None, dict[str, Any]]] = {
     "cast int4, group_size 32 ▶ Q4_0": (INT4, {"embeddings": "Q6_K"}),
     "the same, effort best ▶ Q4_0": ({**INT4, "effort": "best"}, {"embeddings": "Q6_K"}),
     "export --type Q4_K --imatrix": (None, {"type": "Q4_K", "embeddings": "Q6_K"}),
+    "export --type Q4_K_M --imatrix": (None, {"type": "Q4_K_M"}),
 }
 
 

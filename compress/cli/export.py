@@ -24,7 +24,7 @@ ExportType = Annotated[
     str | None,
     typer.Option(
         "--type",
-        help="gguf: round the matrices of blocks to this type, such as Q4_K. By default they stay as they are.",
+        help="gguf: round the matrices of blocks to this type, such as Q4_K or Q4_K_M. By default they stay as they are.",
     ),
 ]
 ExportEmbeddings = Annotated[

@@ -10,12 +10,14 @@ from compress.checkpoint.open import open_checkpoint
 from compress.checkpoint.store import with_storage
 from compress.errors import OutputError
 from compress.exports import export, get, planned
-from compress.files import disk_errors, read_record, write_record
+from compress.files import disk_errors, place, read_record, write_record
 from compress.formatting import format_bytes
 from compress.pipeline.contents import entries
 
 if TYPE_CHECKING:
     from compress.pipeline.state import Run
+    from compress.planning import Plan
+    from compress.recipe import Recipe
     from compress.recipe.export_entries import ExportEntry
 
 _KIND = "compress.exports/1"
@@ -28,18 +30,35 @@ def export_path(output: Path, entry: ExportEntry) -> Path:
 
 def check_exports(run: Run) -> None:
     """Refuse exports that cannot be written. Raises `ExportError`, or `OutputError` where something else is in the place."""
-    if not run.recipe.export:
-        return
-    folder = run.original.folder
-    assert folder is not None
-    spec = with_storage(run.plan.stages[-1].passes[-1].spec, run.recipe.store)
+    assert run.original.folder is not None
     for entry in run.recipe.export:
         path = export_path(run.output, entry)
         if os.path.lexists(path) and not _is_ours(run, path):
             raise OutputError("exists and is not of this run", where=str(path), fix="move it away, or remove it")
+    exports_of_plan(run.recipe, run.plan, run.original.folder)
+
+
+def exports_of_plan(recipe: Recipe, plan: Plan, folder: Path) -> list[dict[str, Any]]:
+    """A row for each export of a recipe: ``target``, ``path``, planned ``bytes`` and whether they are ``exact``.
+
+    Args:
+        folder: with the tokenizer.
+
+    Raises:
+        ExportError: a target cannot hold the result, or a package is missing.
+    """
+    if not recipe.export:
+        return []
+    last, rows = plan.stages[-1].passes[-1].spec, []
+    spec = with_storage(last, recipe.store)
+    for entry in recipe.export:
         target = get(entry.name)
         target.require()
-        target.plan(spec, folder, entry.settings)
+        planned_export = target.plan(spec, folder, entry.settings)
+        path = str(export_path(place(recipe.output), entry))
+        exact = planned_export.exact and last.exact
+        rows.append({"target": entry.name, "path": path, "bytes": planned_export.bytes, "exact": exact})
+    return rows
 
 
 def planned_exports(run: Run, folder: Path) -> list[dict[str, Any]]:

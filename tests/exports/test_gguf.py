@@ -9,11 +9,13 @@ import pytest
 import torch
 
 import compress
+from compress.api.recipes import read_recipe
 from compress.checkpoint.open import open_checkpoint
 from compress.checkpoint.storage.reading import READERS
 from compress.cli import main
 from compress.errors import CompressError
 from compress.exports.base import ExportError
+from compress.pipeline.exports import exports_of_plan
 from tests import pico
 from tests.checkpoint.dequantize.fixtures.make_gguf import tokenizer
 
@@ -123,7 +125,9 @@ def test_recipes_write_exports_beside_the_output_and_again_where_they_are_gone(t
     passes = [{"cast": {"weights": "int4", "method": "rtn"}}]
     recipe = {"model": str(source), "output": str(tmp_path / "small"), "passes": passes, "export": ["gguf"]}
     file = tmp_path / "small.gguf"
+    (planned,) = exports_of_plan(read_recipe(recipe), compress.plan(recipe), source)
     report = compress.run(recipe).report
+    assert (planned["path"], planned["bytes"], planned["exact"]) == (str(file), file.stat().st_size, True)
     assert report["exports"] == [{"target": "gguf", "path": str(file), "bytes": file.stat().st_size}]
     first = file.read_bytes()
     file.unlink()

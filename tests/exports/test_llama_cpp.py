@@ -72,3 +72,21 @@ def test_llama_cpp_computes_the_same_logits(family, tmp_path):
     compress.export(tmp_path / "int4", tmp_path / "int4.gguf", to="gguf", embeddings="F32")
     each = divergence(tmp_path / "int4", tmp_path / "int4.gguf")
     assert (each.median() if family in ROUTED else each.mean()) <= 2e-4
+
+
+@pytest.mark.parametrize("kind", ["Q4_K_M", "Q4_K_S", "Q5_K_M"])
+def test_mixtures_are_llama_cpp_s_own_bytes(kind, tmp_path, monkeypatch):
+    import gguf
+
+    wide = {"hidden_size": 256, "intermediate_size": 256, "num_hidden_layers": 9}
+    monkeypatch.setitem(FAMILIES, "llama", wide)
+    source = calm(tmp_path / "source", "llama")
+    compress.export(source, tmp_path / "dense.gguf", to="gguf")
+    compress.export(source, tmp_path / "ours.gguf", to="gguf", type=kind)
+    llama_cpp.quantize(tmp_path / "dense.gguf", tmp_path / "theirs.gguf", kind)
+    ours, theirs = (
+        {t.name: (t.tensor_type.name, t.data.tobytes()) for t in gguf.GGUFReader(tmp_path / f"{name}.gguf").tensors}
+        for name in ("ours", "theirs")
+    )
+    assert {name: type_ for name, (type_, _) in ours.items()} == {name: type_ for name, (type_, _) in theirs.items()}
+    assert ours == theirs

@@ -6,7 +6,7 @@ import shutil
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from compress.cli.commands.begin import load_or_make
 from compress.cli.commands.common import annotate_gates, annotated, load, print_json, progress, say
@@ -14,6 +14,7 @@ from compress.cli.guard import Judged, fail
 from compress.recipe.located import Located
 
 if TYPE_CHECKING:
+    from compress.planning import Plan
     from compress.recipe import Recipe
     from compress.work import Rates
 
@@ -133,11 +134,28 @@ def plan(
         )
         made = make_plan(recipe, spec, metadata)
         planned = made.to_dict(_rates(recipe, minutes)) | {"hints": hints(recipe, made)}
+        planned["exports"] = _planned_exports(recipe, made)
     planned["disk_free"] = shutil.disk_usage(_existing(Path(recipe.output))).free
     if json:
         print_json(planned)
     else:
         tables.print_plan(planned)
+
+
+def _planned_exports(recipe: Recipe, made: Plan) -> list[dict[str, Any]]:
+    """Rows of the exports; of a hub id, whose tokenizer is not here yet, without bytes."""
+    if not recipe.export:
+        return []
+    from compress.files import expanded
+    from compress.pipeline.exports import export_path, exports_of_plan
+
+    folder = expanded(recipe.reference)
+    if folder.is_dir():
+        return exports_of_plan(recipe, made, folder)
+    return [
+        {"target": e.name, "path": str(export_path(Path(recipe.output), e)), "bytes": None, "exact": False}
+        for e in recipe.export
+    ]
 
 
 def _rates(recipe: Recipe, measure: bool) -> Rates | None:

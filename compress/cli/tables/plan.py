@@ -32,6 +32,9 @@ def print_plan(plan: Mapping[str, Any]) -> None:
     last = passes[-1]["planned"]["bytes"]
     change = f", {ratio_of(original['bytes'], last)} of the original" if original["bytes"] else ""
     print_line(console, f"output {format_bytes(last)}{change}, store: {plan['store']}")
+    for row in plan.get("exports", ()):
+        size = "" if row["bytes"] is None else f" {'' if row['exact'] else '≈ '}{format_bytes(row['bytes'])}"
+        print_line(console, f"export{size}: {row['path']}")
     _print_cache(console, plan["cache"])
     for row in passes:
         for note in row["notes"]:

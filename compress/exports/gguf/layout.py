@@ -20,7 +20,7 @@ from compress.spec.spec import Spec, Tensor
 _FILE_TYPES: Mapping[str, int] = {
     "F32": 0, "F16": 1, "Q4_0": 2, "Q4_1": 3, "Q8_0": 7, "Q5_0": 8, "Q5_1": 9, "Q2_K": 10, "Q3_K": 12, "Q4_K": 15, "Q5_K": 17,
     "Q6_K": 18, "IQ2_XXS": 19, "IQ2_XS": 20, "IQ3_XXS": 23, "IQ1_S": 24, "IQ4_NL": 25, "IQ3_S": 26, "IQ2_S": 28, "IQ4_XS": 30,
-    "IQ1_M": 31, "BF16": 32, "MXFP4": 38,
+    "IQ1_M": 31, "BF16": 32, "MXFP4": 38, "Q4_K_S": 14, "Q4_K_M": 15, "Q5_K_S": 16, "Q5_K_M": 17,
 }  # fmt: skip
 _ALIGNMENT = 32
 
@@ -135,7 +135,7 @@ def gguf_file(spec: Spec, folder: Path, settings: GgufSettings) -> GgufFile:
     kinds = [t.chosen.type for t in tensors if t.name.startswith("blk.") and len(t.shape) > 1 and not t.place.wide]
     most = max(set(kinds), key=kinds.count)
     metadata = {
-        "general.file_type": _FILE_TYPES.get(most, 0),
+        "general.file_type": _FILE_TYPES.get(settings.type or most, _FILE_TYPES.get(most, 0)),
         "general.quantization_version": 2,
         **tokenizer_metadata(folder, int(spec.structure.config["vocab_size"])),
     }

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from compress.architectures.gguf import GgufPlace
 from compress.exports.base import ExportError
+from compress.exports.gguf.mixtures import MIXTURES, mixed_type
 from compress.exports.gguf.settings import GgufSettings
 from compress.spec.formats import QuantFormat
 from compress.spec.spec import Spec, Tensor
@@ -47,15 +48,28 @@ def chosen(tensor: Tensor, place: GgufPlace, spec: Spec, settings: GgufSettings)
     quantised = any(t.quant_format is not None for t in spec.stored()) or settings.type is not None
     if place.name in _TABLES:
         asked: str = settings.embeddings
-        if asked == "auto":
+        if asked == "auto" and settings.type in MIXTURES:
+            asked = _mixed(settings.type, place, spec)
+        elif asked == "auto":
             asked = "Q8_0" if quantised and tensor.quant_format is None else "keep"
     else:
         asked = settings.type or "keep"
+        if asked in MIXTURES:
+            asked = _mixed(asked, place, spec)
     if asked != "keep":
         return _rounded(asked, tensor, place)
     if tensor.quant_format is None:
         return Chosen(FLOATS[tensor.dtype], exact=True)
     return _coded(tensor, tensor.quant_format)
+
+
+def _mixed(mixture: str, place: GgufPlace, spec: Spec) -> str:
+    """The type of a matrix in a file of a mixture."""
+    config = spec.structure.config
+    blocks = int(config.get("num_hidden_layers") or config["n_layer"])
+    experts = int(config.get("num_local_experts") or config.get("num_experts") or 0)
+    heads = [name for name in spec.tensors if name.endswith("lm_head.weight") and not spec.tensors[name].alias_of]
+    return mixed_type(mixture, place.name, blocks, experts, tied=not heads)
 
 
 def _rounded(kind: str, tensor: Tensor, place: GgufPlace) -> Chosen:
