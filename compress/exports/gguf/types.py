@@ -48,7 +48,7 @@ def chosen(tensor: Tensor, place: GgufPlace, spec: Spec, settings: GgufSettings)
     quantised = any(t.quant_format is not None for t in spec.stored()) or settings.type is not None
     if place.name in _TABLES:
         asked: str = settings.embeddings
-        if asked == "auto" and settings.type in MIXTURES:
+        if asked == "auto" and settings.type is not None and settings.type in MIXTURES:
             asked = _mixed(settings.type, place, spec)
         elif asked == "auto":
             asked = "Q8_0" if quantised and tensor.quant_format is None else "keep"
