@@ -18,7 +18,7 @@ from compress.checkpoint.storage.compressed_tensors.servers import VLLM, refusal
 from compress.checkpoint.storage.compressed_tensors.write import KEY, render
 from compress.errors import CompressError
 from compress.planning import planned_size, size_on_disk
-from tests import pico
+from tests import pico, processes
 from tests.passes.cast.test_schemes import SIZES
 from tests.toolbox import apply, our_logits, plan, stock_logits, write
 
@@ -165,3 +165,27 @@ def test_stock_transformers_reads_codes_of_a_head(family, tmp_path):
     written = write(apply(before, "cast", weights="int4", method="rtn", **settings), tmp_path / "out")
     assert written.spec.structure.runtime == "transformers"
     assert torch.equal(stock_logits(tmp_path / "out", tmp_path), our_logits(tmp_path / "out"))
+
+
+_DEQUANTISED = """
+import sys, torch
+from transformers import AutoModelForCausalLM, CompressedTensorsConfig
+asked = CompressedTensorsConfig(dequantize=True)
+model = AutoModelForCausalLM.from_pretrained(sys.argv[1], dtype="auto", quantization_config=asked)
+with torch.no_grad():
+    torch.save(model(torch.arange(20)[None] + 5).logits.float(), sys.argv[2])
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "settings",
+    [{"scheme": "W4A16_ASYM"}, {"scheme": "W4A16", "overrides": {TABLE: "int4", "lm_head": "int4"}}],
+)
+def test_transformers_reads_codes_of_one_format_when_it_dequantises(settings, tmp_path):
+    """In a process without the package."""
+    before = open_checkpoint(pico.folder("llama", dtype=torch.bfloat16, **SIZES))
+    written_as_planned(before, tmp_path / "out", runtime="vllm", **settings)
+    done = processes.run(_DEQUANTISED, tmp_path / "out", tmp_path / "logits.pt", foreign=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert torch.equal(torch.load(tmp_path / "logits.pt"), our_logits(tmp_path / "out"))
