@@ -7,7 +7,7 @@ BIN    := $(VENV)/bin
 WORKERS ?= 2
 STAMP  := $(VENV)/.ready
 
-.PHONY: wheel setup quickstart test test-unit test-browser test-all check check-types check-rest bench bench-start bench-prune bench-distill bench-recover bench-share bench-structured bench-depth bench-minutes bench-cast bench-effort bench-versus bench-peers bench-schemes bench-tables bench-copy bench-scale bench-memory bench-gpu bench-gguf bench-gguf-inputs bench-rounded bench-attention families runtimes same-bytes docs clean
+.PHONY: wheel setup quickstart test test-unit test-browser test-all check check-types check-rest bench bench-start bench-prune bench-distill bench-recover bench-share bench-structured bench-depth bench-minutes bench-cast bench-effort bench-versus bench-peers bench-schemes bench-tables bench-copy bench-scale bench-memory bench-processes bench-pareto bench-gpu bench-gguf bench-gguf-inputs bench-rounded bench-attention families runtimes same-bytes docs clean
 
 setup: $(STAMP)
 
@@ -135,6 +135,14 @@ bench-rounded: $(STAMP)
 
 bench-gpu: $(STAMP)
 	$(BIN)/python benchmarks/gpu.py $(ARGS)
+
+# one process beside several
+bench-processes: $(STAMP)
+	$(BIN)/python benchmarks/processes.py $(if $(MODEL),--model $(MODEL)) $(if $(TRAIN),--train $(TRAIN)) $(ARGS)
+
+# `compress fit` beside single families
+bench-pareto: $(STAMP)
+	$(BIN)/python benchmarks/pareto.py $(if $(MODEL),--model $(MODEL)) $(if $(TRAIN),--train $(TRAIN)) $(if $(HELDOUT),--heldout $(HELDOUT)) $(ARGS)
 
 bench-memory: $(STAMP)
 	$(BIN)/python benchmarks/memory.py $(ARGS)
