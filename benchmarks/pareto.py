@@ -1,9 +1,9 @@
 """The best model within a bound beside single families: `make bench-pareto [MODEL= TRAIN= HELDOUT= ARGS=]`.
 
-For each ratio of bytes: `fit`, what `compress fit` finds, and recipes of one family that keep the same bound: `bits` (a cast with
-dense tables of tokens), `bits and tables` (a cast with tables of 8, and of 4 bits), `depth`, `width` and `sparsity` (the least
-amount that keeps it). All are made with `--effort` and the compact store, and scored as benchmarks/scoring.py says. A section of
-docs/benchmarks.md, with a picture. What is done is kept in --results, where a run that was stopped goes on.
+For each ratio of bytes: `fit`, what `compress fit` finds, and recipes of one family that keep the same bound: `bits` (a cast
+with dense tables of tokens), `bits and tables` (a cast with tables of 8, and of 4 bits), `depth`, `width` and `sparsity` (the
+least amount that keeps it). All are made with `--effort` and the compact store, and scored as benchmarks/scoring.py says. A
+section of docs/benchmarks.md, with a picture. What is done is kept in --results, where a run that was stopped goes on.
 """
 
 from __future__ import annotations
@@ -162,11 +162,18 @@ def _cpu() -> float:
 
 def _section(args: argparse.Namespace, parser: Any, texts: scoring.HeldOut, rows: list[dict[str, Any]]) -> list[str]:
     model = page.model_name(args.model)
-    cells = [
-        [f"{100 * row['ratio']:g} %", row["way"], row["what"].strip("{}").replace("'", ""), f"{row['bytes']:,}",
-         f"{row['rise']:+.4f}", f"{row['kl']:.4f}", f"{row['bits_per_byte']:.4f}", f"{row['second_rise']:+.4f}", f"{row['cpu']:.0f}"]
-        for row in sorted(rows, key=lambda row: (-row["ratio"], row["way"] != "fit"))
-    ]  # fmt: skip
+    cells = []
+    for row in sorted(rows, key=lambda row: (-row["ratio"], row["way"] != "fit")):
+        passes = row["what"].strip("{}").replace("'", "")
+        scores = [
+            f"{row['rise']:+.4f}",
+            f"{row['kl']:.4f}",
+            f"{row['bits_per_byte']:.4f}",
+            f"{row['second_rise']:+.4f}",
+        ]
+        cells.append(
+            [f"{100 * row['ratio']:g} %", row["way"], passes, f"{row['bytes']:,}", *scores, f"{row['cpu']:.0f}"]
+        )
     head = ["bound", "way", "passes", "bytes", "ΔNLL", "KL", "bits per byte", "ΔNLL, second text", "CPU s"]
     section = [
         f"## Within a bound: {model}",
