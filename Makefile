@@ -122,7 +122,7 @@ bench-schemes: $(STAMP)
 	$(BIN)/python -m benchmarks.schemes --peer $(PEER) $(if $(MODEL),--model $(MODEL)) $(if $(TRAIN),--train $(TRAIN)) $(if $(HELDOUT),--heldout $(HELDOUT)) $(ARGS)
 
 bench-copy: $(STAMP)
-	$(BIN)/python -m benchmarks.copy $(if $(MODEL),--model $(MODEL)) $(ARGS)
+	$(BIN)/python -m benchmarks.copy_speed $(if $(MODEL),--model $(MODEL)) $(ARGS)
 
 bench-tables: $(STAMP)
 	$(BIN)/python -m benchmarks.tables $(if $(MODEL),--model $(MODEL)) $(if $(HELDOUT),--heldout $(HELDOUT)) $(ARGS)
