@@ -13,6 +13,8 @@ from compress import passes
 from compress.errors import RecipeError
 from compress.passes.describe import describe
 from compress.recipe import recipe_from_mapping
+from compress.recipe.bound import load_bound
+from compress.recipe.search import load_search
 from tools.docs import check
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -22,11 +24,11 @@ DATA = {name: {"files": [f"{name}.txt"]} for name in ("training", "calibration",
 
 
 def recipes() -> list[object]:
-    """Every YAML block with passes, completed to a recipe."""
+    """Every YAML block with passes or a bound, completed to a recipe."""
     blocks_with_passes = []
     for page in check.tracked():
         blocks = re.findall(r"^```yaml\n(.*?)^```$", page.read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE)
-        for number, block in enumerate(block for block in blocks if re.search(r"^passes:", block, re.MULTILINE)):
+        for number, block in enumerate(block for block in blocks if re.search(r"^(passes|fit):", block, re.MULTILINE)):
             recipe = YAML(typ="safe").load(block)
             recipe = {**REST, **recipe, "data": {**DATA, **recipe.get("data", {})}}
             blocks_with_passes.append(pytest.param(recipe, id=f"{page.relative_to(ROOT).as_posix()} {number}"))
@@ -44,8 +46,15 @@ def inline_passes() -> list[str]:
 def test_pass_named_in_a_line_has_settings_that_exist(code: str) -> None:
     entry = YAML(typ="safe").load(code)
     recipe = {**REST, "store": "compact", "data": DATA, "passes": [entry]}
+    (settings,) = entry.values()
+    searched = isinstance(settings, dict) and (
+        "optional" in settings or any("search" in value for value in settings.values() if isinstance(value, dict))
+    )
     try:
-        recipe_from_mapping(recipe, check_files=False)
+        if searched:
+            load_search({**recipe, "sweep": {"minimize": ["size"]}}, check_files=False)
+        else:
+            recipe_from_mapping(recipe, check_files=False)
         mistake = None
     except RecipeError as error:
         mistake = str(error)
@@ -56,7 +65,12 @@ def test_pass_named_in_a_line_has_settings_that_exist(code: str) -> None:
 
 @pytest.mark.parametrize("recipe", recipes())
 def test_recipe_on_a_page_is_valid(recipe: dict[str, Any]) -> None:
-    assert recipe_from_mapping(recipe, check_files=False).passes
+    if "sweep" in recipe:
+        assert load_search(recipe, check_files=False).space
+    elif "fit" in recipe:
+        assert load_bound(recipe, check_files=False).fit
+    else:
+        assert recipe_from_mapping(recipe, check_files=False).passes
 
 
 @pytest.mark.parametrize("name", passes.TABLE)
