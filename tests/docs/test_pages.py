@@ -52,7 +52,8 @@ def test_pass_named_in_a_line_has_settings_that_exist(code: str) -> None:
     )
     try:
         if searched:
-            load_search({**recipe, "sweep": {"minimize": ["size"]}}, check_files=False)
+            rest = {"passes": [entry, {"cast": {"weights": "bf16"}}], "sweep": {"minimize": ["size"]}}
+            load_search({**recipe, **rest}, check_files=False)
         else:
             recipe_from_mapping(recipe, check_files=False)
         mistake = None
