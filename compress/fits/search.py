@@ -26,8 +26,8 @@ from compress.recipe.entries import parse_pass
 from compress.recipe.fit import Bound, FamilyName
 from compress.spec.spec import DTYPE_BITS, Spec
 
-#: Bits per weight, scales included, at which the cost of rounding is measured.
-LADDER = (2.25, 3.25, 4.25)
+#: Formats by which the cost of rounding is measured, the same for all matrices: allocating formats takes minutes each time.
+LADDER = ("int2", "int3", "int4")
 #: Codes of 8 bits with a scale for each output: from here on nothing is gained by more.
 _FINEST = 8.1
 #: A family is measured no further from this cost on, nats per token: such a model is of no use.
@@ -77,12 +77,15 @@ class PlannedBytes:
     @cached_property
     def least_bits(self) -> float:
         """Bits per weight of the smallest format, scales included, of the checkpoint's matrices."""
+        return self.bits(CastSettings(weights="int2", group_size="channel", method="rtn"))
+
+    def bits(self, settings: CastSettings) -> float:
+        """Bits per weight of the checkpoint's matrices after a cast, scales included."""
         names = undecided(self.spec, CastSettings(bits=8))
-        whole = self.bytes(self.spec)
-        coarse = Cast().plan(self.spec, CastSettings(weights="int2", group_size="channel", method="rtn"))
         count = sum(self.spec.tensors[n].count for n in names)
         floats = sum(DTYPE_BITS[self.spec.tensors[n].dtype] * self.spec.tensors[n].count // 8 for n in names)
-        return 8 * (self.bytes(coarse) - whole + floats) / count
+        cast = Cast().plan(self.spec, settings)
+        return 8 * (self.bytes(cast) - self.bytes(self.spec) + floats) / count
 
     def _weights(self, choice: Choice) -> Weights:
         entries = Making("fast").smaller({f: a for f, a in choice.items() if f != "sparsity"})
@@ -206,8 +209,10 @@ class Search:
         if whole is None:
             raise CompressError(f"{model_map(self.spec).record.head or 'this model'} has no matrices that take codes")
         points = []
-        for bits in LADDER:
-            tried = self._try(f"{bits:g} bits per weight", [{"cast": {"bits": bits, "effort": "fast"}}])
+        for name in LADDER:
+            settings = {"weights": name, "effort": "fast"}
+            bits = self.sizes.bits(CastSettings.model_validate(settings))
+            tried = self._try(f"{name}, {bits:.2f} bits per weight", [{"cast": settings}])
             if tried is not None:
                 points.append((bits, tried.divergence))
         if not points:
