@@ -14,10 +14,13 @@ from typing import Any, Literal
 from compress import statistics
 from compress.architectures.cache import bytes_at
 from compress.errors import EXIT_GATE_FAILED, EXIT_INCONCLUSIVE, EXIT_OK, ReportError
-from compress.evaluation import metrics, positions
+from compress.evaluation import benchmarks, metrics, positions
 from compress.evaluation.metrics.base import Metric, Resampling
 from compress.formatting import apart, fixed, format_bytes, ratio, signed, signed_percent, significant
 from compress.statistics import FEWEST_UNITS, Interval
+
+#: Keys of gates that are no bounds: where the value is measured.
+PLACES = ("at", "from_position", "task", "metric")
 
 Verdict = Literal["pass", "fail", "inconclusive"]
 
@@ -79,9 +82,11 @@ def judge(
             gate = f"{name}.{key}" + (
                 f" at {at:,}" if at is not None else f" from {first:,}" if first is not None else ""
             )
-            if key in ("at", "from_position"):
+            if key in PLACES:
                 continue
-            if name == "cache":
+            if name == "lm_eval":
+                results.append(_task(key, bounds, original, candidate, resampling))
+            elif name == "cache":
                 results.append(_cache(gate, key, bound, at, original, candidate))
             elif at is not None and name in ("prefill", "decode", "memory"):
                 results.append(_at_length(gate, name, bound, at, original, candidate, resampling))
@@ -221,6 +226,34 @@ def _rate(
     samples = [_get(side, gate, "throughput", name, "samples") for side in (original, candidate)]
     interval = statistics.median_ratio(*samples, **asdict(resampling))
     return _judged(gate, interval, bound, "ratio", ratio, "rounds", at_least=True)
+
+
+def _task(
+    key: str,
+    bounds: Mapping[str, Any],
+    original: Mapping[str, Any],
+    candidate: Mapping[str, Any],
+    resampling: Resampling,
+) -> GateResult:
+    """Judge a bound on a task of lm-eval."""
+    name, gate = bounds["task"], f"lm_eval.{key} of {bounds['task']}"
+    before, after = (_get(side, gate, "lm_eval", "tasks", name) for side in (original, candidate))
+    metric = benchmarks.metric_of_task(after, bounds.get("metric"), gate)
+    bound, higher = bounds[key], after["higher"][metric]
+    if higher is (key in ("max", "max_increase")):
+        right = "`min` or `max_drop`" if higher else "`max` or `max_increase`"
+        raise ReportError(f"the gate `{gate}`: of {metric} {'more' if higher else 'less'} is better; use {right}")
+    if key == "max_drop":
+        change = benchmarks.task_change(before, after, metric, resampling)
+        return _judged(gate, change, float(bound), "points", lambda x: f"{fixed(x, 2)} points", "documents")
+    if key == "max_increase":
+        relative = bool(bound["relative"])
+        change = benchmarks.task_change(before, after, metric, resampling, relative=relative)
+        show = signed_percent if relative else (lambda x: signed(x, 4))
+        unit = "relative" if relative else "absolute"
+        return _judged(gate, change, float(bound["value"]), unit, show, "documents")
+    level = benchmarks.task_level(after, metric, resampling)
+    return _judged(gate, level, float(bound), "share", lambda x: fixed(x, 4), "documents", at_least=key == "min")
 
 
 def _at_place(side: Mapping[str, Any], metric: Metric, at: int | None, first: int | None) -> Mapping[str, Any]:

@@ -15,6 +15,7 @@ from compress.cli.options import (
     Baseline,
     CheckFormat,
     CheckpointArgument,
+    Compared,
     Confidence,
     DataOption,
     DeviceOption,
@@ -194,8 +195,7 @@ def inspect(
 
 @app.command()
 def diff(
-    a: Annotated[str, typer.Argument(help="Checkpoint before.", metavar="A")],
-    b: Annotated[str, typer.Argument(help="Checkpoint after.", metavar="B")],
+    compared: Compared,
     headers: Annotated[bool, typer.Option("--headers", help="Compare headers only, not values.")] = False,
     tensors: Annotated[bool, typer.Option("--tensors", help="Print a row per tensor, equal ones apart.")] = False,
     trust_remote_code: Trust = False,
@@ -203,15 +203,15 @@ def diff(
     allow_links: AllowLinks = False,
     json: AsJson = False,
 ) -> None:
-    """Show the config keys, blocks and tensors that differ between two checkpoints.
+    """Show the config keys, blocks and tensors that differ between two checkpoints, or the figures of two or more runs.
 
-    Knows blocks that were removed or added, and compares the others by their contents. The exit status is 0 even if
-    the two differ.
+    Knows blocks that were removed or added, and compares the others by their contents. Of runs (OUTPUT.run, a report.json,
+    a trial of a sweep) it shows what was measured and the settings that differ. The exit status is 0 in any case.
     """
     from compress.cli.commands import checkpoints
 
     code = Code(trust_remote_code, ignore_auto_map, allow_links)
-    checkpoints.diff(a, b, values=not headers, tensors=tensors, code=code, json=json)
+    checkpoints.diff(compared, values=not headers, tensors=tensors, code=code, json=json)
 
 
 @app.command(name="eval")

@@ -54,7 +54,7 @@ EXAMPLES = {
     ),
     "report": ("compress report out/model -o report.html",),
     "inspect": ("compress inspect MODEL", "compress inspect MODEL --tensors --zeros"),
-    "diff": ("compress diff MODEL out/model",),
+    "diff": ("compress diff MODEL out/model", "compress diff out/a.run out/b.run out/c.run"),
     "unpack": ("compress unpack out/model out/dense",),
     "export": (
         "compress export out/model --to gguf -o out/model.gguf",

@@ -65,6 +65,9 @@ SaveRecord = Annotated[
     typer.Option("--save", help="Write the inferred architecture as a Python record.", metavar="FILE"),
 ]
 RecipeFiles = Annotated[list[Path], typer.Argument(help="Recipes (YAML).", metavar="RECIPE...")]
+Compared = Annotated[
+    list[str], typer.Argument(help="Two checkpoints, or two or more runs (OUTPUT.run).", metavar="A B...")
+]
 CheckFormat = Annotated[
     str | None,
     typer.Option(

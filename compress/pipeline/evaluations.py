@@ -13,9 +13,12 @@ from compress import passes
 from compress.checkpoint.open import Stored, open_checkpoint
 from compress.checkpoint.running import emulated
 from compress.data.kinds import holds_ids
+from compress.evaluation.benchmarks import check_lm_eval, measure_tasks
 from compress.evaluation.latency_settings import LatencySettings
+from compress.evaluation.lm_eval_settings import LmEvalSettings
 from compress.evaluation.scorer import Scorer
 from compress.evaluation.tasks import OF_PASSES, SPEED_METRICS, TEXT_METRICS
+from compress.files import sha256
 from compress.pipeline.datasets import DataSets
 from compress.pipeline.fingerprint import fingerprint, hash_input, versions
 from compress.pipeline.folder import RunFolder
@@ -32,7 +35,7 @@ class Evaluations:
 
     Attributes:
         fresh: evaluate anew.
-        original, original_latency, original_throughput: of the recipe's model; None where nothing was asked for.
+        original, original_latency, original_throughput, original_tasks: of the recipe's model; None where nothing was asked.
         notes: sentences for the report.
     """
 
@@ -45,13 +48,13 @@ class Evaluations:
     original: dict[str, Any] | None = None
     original_latency: dict[str, Any] | None = None
     original_throughput: dict[str, Any] | None = None
+    original_tasks: dict[str, Any] | None = None
     notes: list[str] = field(default_factory=list)
     _input: str = ""
 
     def add(self, original: Stored, rows: list[dict[str, Any]]) -> None:
         """Put ``evaluation``, ``latency`` and ``throughput`` into each stage's row; the last two of the last stage only."""
         wanted = set(self.recipe.metrics)
-        self._input = hash_input(original, self.folder.hashes())
         for row in rows:
             row["evaluation"] = row["latency"] = row["throughput"] = None
         if wanted & TEXT_METRICS and self.data.files("evaluation"):
@@ -60,6 +63,41 @@ class Evaluations:
             self._measure_speed(original, rows[-1])
         if "throughput" in wanted:
             self._measure_throughput(original, rows[-1])
+        if "lm_eval" in wanted:
+            rows[-1]["lm_eval"] = self._tasks(rows[-1]["content"], Path(rows[-1]["folder"]), compact=True)
+
+    def begin(self, original: Stored) -> None:
+        """Measure what needs no stage, before any: tasks of lm-eval on the original, which show whether their data are here."""
+        self._input = hash_input(original, self.folder.hashes())
+        if "lm_eval" in self.recipe.metrics:
+            check_lm_eval(self._lm_eval)
+            assert original.folder is not None
+            self.original_tasks = self._tasks(self._input, original.folder, compact=False)
+
+    @property
+    def _lm_eval(self) -> LmEvalSettings:
+        settings = self.recipe.settings_of("lm_eval")
+        assert isinstance(settings, LmEvalSettings)
+        return settings
+
+    def _tasks(self, content: str, folder: Path, *, compact: bool) -> dict[str, Any]:
+        """Tasks of lm-eval on a checkpoint. ``compact``: it is one of this package, whose code may run."""
+        settings = self._lm_eval
+        files = [sha256(Path(task)) for task in settings.tasks if task.endswith(".yaml")]
+
+        def measure() -> dict[str, Any]:
+            self.progress.message(f"lm-eval: {', '.join(settings.tasks)} on {folder}")
+            return measure_tasks(
+                folder,
+                settings,
+                dtype=self.recipe.dtype,
+                device=self.device,
+                trust_remote_code=compact or self.recipe.trust_remote_code,
+                offline=self.recipe.offline,
+            )
+
+        name = f"lm_eval-{self._key('lm_eval', content, settings.model_dump(mode='json'), files)}"
+        return self.folder.cached(name, measure, fresh=self.fresh)
 
     def _key(self, *parts: Any) -> str:
         return fingerprint([*parts, self.device, self.recipe.dtype, versions()])[:24]

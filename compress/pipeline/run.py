@@ -91,8 +91,9 @@ def _run(run: Run, publish_anyway: bool, recipe_path: str | None) -> RunResult:
                 append_step_summary(done)
             write_exports(run)
             return RunResult(run.output, RunReport(done), done["status"], done["exit_status"], True, nothing_to_do=True)
-        rows = run_stages(run)
         evaluations = Evaluations(run.recipe, run.data, run.folder, run.device, run.progress, run.fresh)
+        evaluations.begin(run.original)
+        rows = run_stages(run)
         measuring = time.perf_counter()
         evaluations.add(run.original, rows)
         verdict = _judge(run, evaluations, rows)
@@ -158,8 +159,9 @@ def _judge(run: Run, evaluations: Evaluations, rows: list[dict[str, Any]]) -> _V
         "evaluation": evaluations.original,
         "latency": evaluations.original_latency,
         "throughput": evaluations.original_throughput,
+        "lm_eval": evaluations.original_tasks,
     }
-    result = {key: rows[-1].get(key) for key in ("size", "evaluation", "latency", "throughput")}
+    result = {key: rows[-1].get(key) for key in ("size", "evaluation", "latency", "throughput", "lm_eval")}
     resampling = Resampling(recipe.confidence, recipe.bootstrap, recipe.seed)
     result["positions"] = paired(original["evaluation"], result["evaluation"], resampling)
     gates = recipe.gates.model_dump(exclude_none=True)

@@ -92,6 +92,31 @@ def lengths_not_measured(root: MapNode, recipe: Recipe) -> Iterator[Problem]:
                 )
 
 
+def tasks_not_measured(root: MapNode, recipe: Recipe) -> Iterator[Problem]:
+    """A problem for each gate on a task of lm-eval that the recipe does not measure, where no file could hold the task."""
+    settings = recipe.settings_of("lm_eval") if "lm_eval" in recipe.metrics else None
+    measured: tuple[str, ...] = getattr(settings, "tasks", ())
+    if settings is not None and not measured:
+        at = next((i for i, entry in enumerate(recipe.evaluate or ()) if entry.name == "lm_eval"), None)
+        path: tuple[str | int, ...] = ("gates", "lm_eval") if at is None else ("evaluate", at)
+        hint = "write in evaluate: `- lm_eval: {tasks: [arc_easy]}`"
+        yield Problem("lm_eval names no task", find_place(root, path), path, hint)
+        return
+    if any(task.endswith(".yaml") for task in measured):
+        return
+    for i, gate in enumerate(recipe.gates.lm_eval or ()):
+        if not any(gate.task == task or gate.task.startswith(f"{task}_") for task in measured):
+            listed = isinstance(node_at(root, ("gates", "lm_eval")), ListNode)
+            path = ("gates", "lm_eval", *((i,) if listed else ()), "task")
+            wanted = ", ".join([*measured, gate.task])
+            yield Problem(
+                f"the gate lm_eval needs the task {gate.task}, which is not measured",
+                find_place(root, path),
+                path,
+                f"write in evaluate: `- lm_eval: {{tasks: [{wanted}]}}`",
+            )
+
+
 def places_not_measured(root: MapNode, recipe: Recipe) -> Iterator[Problem]:
     """A problem for each gate at a distance or position that the recipe does not measure."""
     evaluation = recipe.data.evaluation

@@ -10,9 +10,10 @@ from pydantic_core import core_schema
 
 from compress.evaluation import metrics
 from compress.evaluation.positions import is_edge
+from compress.gates import PLACES
 from compress.settings import AllowedIncrease, ByteSize, Level, Ratio, Settings, SizeRatio
 
-METRICS: tuple[str, ...] = (*metrics.table(), "latency", "memory", "throughput")
+METRICS: tuple[str, ...] = (*metrics.table(), "latency", "memory", "throughput", "lm_eval")
 #: Gates whose metric has another name, and gates that need no metric.
 _METRIC_OF_GATE = {"size": None, "parameters": None, "cache": None, "prefill": "latency", "decode": "latency"}
 
@@ -36,10 +37,6 @@ def distances_of(gates: Mapping[str, Any]) -> list[int]:
 def bounds(gate: Any) -> list[Any]:
     """The gates of one name, of which there may be several."""
     return list(gate) if isinstance(gate, (list, tuple)) else [gate]
-
-
-#: Keys of gates that are no bounds: where the value is measured.
-PLACES = ("at", "from_position")
 
 
 def _edge(position: int) -> int:
@@ -172,6 +169,25 @@ class CacheGate(Gate):
     max_ratio: Ratio | None = Field(default=None, description="Largest ratio to the original, such as 0.4 or 40%.")
 
 
+class TaskGate(Gate):
+    """Bounds on a task of lm-eval, paired with the original document by document."""
+
+    task: str = Field(min_length=1, description="Name of the task.")
+    metric: str | None = Field(default=None, description="Metric of the task, such as acc_norm. By default its first.")
+    min: Level | None = Field(default=None, description="Smallest value, such as 0.6 or 60%, where more is better.")
+    max_drop: float | None = Field(
+        default=None,
+        ge=0,
+        le=100,
+        description="Largest drop below the original's value in points, where more is better.",
+    )
+    max: float | None = Field(default=None, gt=0, description="Largest value, where less is better.")
+    max_increase: AllowedIncrease | None = Field(
+        default=None,
+        description="Largest increase over the original, where less is better: 5% is relative, 0.02 absolute.",
+    )
+
+
 class _OneOrSeveral:
     """Lets a gate be given once, or as a list of gates of that kind."""
 
@@ -190,6 +206,7 @@ class _OneOrSeveral:
 
 RatioGates = Annotated[tuple[RatioGate, ...], _OneOrSeveral()]
 CacheGates = Annotated[tuple[CacheGate, ...], _OneOrSeveral()]
+TaskGates = Annotated[tuple[TaskGate, ...], _OneOrSeveral()]
 
 
 #: Class of a metric's gate, by `Metric.gate`; several of a kind where they can be at different places.
@@ -237,6 +254,9 @@ class Gates(_GatesOfMetrics):
     )
     cache: CacheGates | None = Field(
         default=None, description="Bytes of the cache at a length of text. It is exact, and needs no measurement."
+    )
+    lm_eval: TaskGates | None = Field(
+        default=None, description="Tasks of lm-eval, paired with the original; several as a list."
     )
 
 

@@ -12,6 +12,7 @@ from pydantic_core import PydanticCustomError, PydanticKnownError
 
 from compress.evaluation import metrics
 from compress.evaluation.latency_settings import LatencySettings
+from compress.evaluation.lm_eval_settings import LmEvalSettings
 from compress.evaluation.throughput_settings import ThroughputSettings
 from compress.recipe.gates import METRICS
 from compress.recipe.suggest import choices
@@ -22,6 +23,7 @@ SETTINGS: Mapping[str, type[Settings]] = {
     **{metric.name: metric.settings for metric in metrics.table().values() if metric.settings is not None},
     "latency": LatencySettings,
     "throughput": ThroughputSettings,
+    "lm_eval": LmEvalSettings,
 }
 
 

@@ -14,6 +14,7 @@ from compress.recipe.checks import (
     misplaced_passes,
     missing_files,
     places_not_measured,
+    tasks_not_measured,
 )
 from compress.recipe.messages import translate
 from compress.recipe.model import Recipe
@@ -40,7 +41,11 @@ def build(root: MapNode, problems: list[Problem], *, check_files: bool, complete
     if complete:
         problems += lacking_data(root, values)
         if recipe is not None:
-            problems += [*lengths_not_measured(root, recipe), *places_not_measured(root, recipe)]
+            problems += [
+                *lengths_not_measured(root, recipe),
+                *places_not_measured(root, recipe),
+                *tasks_not_measured(root, recipe),
+            ]
     if check_files:
         problems += missing_files(root)
     return recipe

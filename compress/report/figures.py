@@ -6,8 +6,10 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from compress.errors import ReportError
 from compress.evaluation import metrics
-from compress.evaluation.metrics.base import Metric
+from compress.evaluation.benchmarks import task_change
+from compress.evaluation.metrics.base import Metric, Resampling
 from compress.formatting import fixed, format_bytes, ratio, ratio_of, seconds_text, signed, signed_percent, significant
 from compress.report.brief_recipe import changed
 from compress.settings import as_written
@@ -85,6 +87,7 @@ def before_after(report: Mapping[str, Any]) -> list[Row]:
         _quality(first["evaluation"], last["evaluation"])
         + _speed(first["latency"], last["latency"])
         + _throughput(first.get("throughput"), last.get("throughput"))
+        + _task_rows(first.get("lm_eval"), last.get("lm_eval"))
     )
 
 
@@ -190,6 +193,29 @@ def _throughput(before: Mapping[str, Any] | None, after: Mapping[str, Any] | Non
         old, new = (f"{significant(rate)} tokens/s" for rate in (x, y["median"]))
         rows.append(Row(f"{after['runtime']} {name}", old, new, change, timed=True))
     return rows
+
+
+def _task_rows(before: Mapping[str, Any] | None, after: Mapping[str, Any] | None) -> list[Row]:
+    """A row for each metric of each task of lm-eval: drops in points, increases as shares, with their intervals."""
+    rows = []
+    for name, task in after["tasks"].items() if before is not None and after is not None else ():
+        for metric, value in task["metrics"].items():
+            first = before["tasks"][name]  # type: ignore[index]
+            x, y = fixed(first["metrics"][metric], 4), fixed(value, 4)
+            rows.append(Row(f"{name}: {metric}", x, y, _task_change(first, task, metric)))
+    return rows
+
+
+def _task_change(before: Mapping[str, Any], after: Mapping[str, Any], metric: str) -> str:
+    """The paired change of a task's metric; empty where documents have no values of it."""
+    try:
+        change = task_change(before, after, metric, Resampling(), relative=True)
+    except ReportError:
+        return ""
+    if before["higher"][metric]:
+        ends = [signed(-value, 2) for value in (change.value, change.upper, change.lower)]
+        return f"{ends[0]} points ({ends[1]} to {ends[2]})"
+    return f"{signed_percent(change.value)} ({signed_percent(change.lower)} to {signed_percent(change.upper)})"
 
 
 def position_rows(result: Mapping[str, Any]) -> list[tuple[str, ...]]:

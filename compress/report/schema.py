@@ -223,6 +223,23 @@ else:
     Measured = Annotated[Evaluation | Classification | Masked | Embeddings, Field(discriminator="schema_")]
 
 
+class TaskRow(Part):
+    """A task of lm-eval."""
+
+    version: str = Field(description="Of the task.")
+    shots: int | None = Field(description="Examples before each document.")
+    metrics: dict[str, Number]
+    higher: dict[str, bool] = Field(description="Whether more is better, by metric.")
+    rows: list[dict[str, Any]] = Field(description="By document: id, hash, and the value of each metric.")
+
+
+class Tasks(Part):
+    """Tasks of lm-eval."""
+
+    version: str = Field(description="Of lm-eval.")
+    tasks: dict[str, TaskRow]
+
+
 class PassRow(Part):
     """One pass of a stage."""
 
@@ -260,6 +277,7 @@ class Stage(Part):
     evaluation: Measured | None
     latency: Latency | None
     throughput: Throughput | None = None
+    lm_eval: Tasks | None = None
 
 
 class Original(Part):
@@ -270,6 +288,7 @@ class Original(Part):
     evaluation: Measured | None
     latency: Latency | None
     throughput: Throughput | None = None
+    lm_eval: Tasks | None = None
 
 
 class Result(Part):
@@ -279,6 +298,7 @@ class Result(Part):
     evaluation: Measured | None
     latency: Latency | None
     throughput: Throughput | None = None
+    lm_eval: Tasks | None = None
     positions: list[PairedPosition] | None = Field(
         default=None, description="Loss by position in the window, beside the original's; of causal language models."
     )

@@ -45,6 +45,8 @@ PARTS = [
     latency_schema.Fit,
     latency_schema.PathFit,
     latency_schema.NotTried,
+    schema.TaskRow,
+    schema.Tasks,
     schema.GateRow,
 ]
 

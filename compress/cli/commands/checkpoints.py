@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from compress.cli.commands.common import Code, print_json, progress, say
@@ -37,16 +38,42 @@ def architecture(checkpoint: str, *, save: Path | None, code: Code, offline: boo
             say(f"wrote {save}")
 
 
-def diff(a: str, b: str, *, values: bool, tensors: bool, code: Code, json: bool) -> None:
-    """``compress diff``."""
+def diff(paths: Sequence[str], *, values: bool, tensors: bool, code: Code, json: bool) -> None:
+    """``compress diff``, of two checkpoints or of runs."""
     from compress.cli import tables
+    from compress.errors import CompressError
     from compress.inspection import diff as diff_checkpoints
 
+    if len(paths) < 2:
+        raise CompressError("there is nothing to compare it with", where=paths[0], fix="name two checkpoints, or runs")
+    if are_runs(paths):
+        diff_runs(paths, json=json)
+        return
+    a, b = paths
     data = diff_checkpoints(code.place(a), code.place(b), values=values, **code.options())
     if json:
         print_json(data)
     else:
         tables.print_diff(data, tensors=tensors)
+
+
+def diff_runs(paths: Sequence[str], *, json: bool) -> None:
+    """``compress diff`` of runs."""
+    from compress.cli import tables
+    from compress.files import expanded
+    from compress.report.comparison import compare_runs
+
+    data = compare_runs([expanded(path) for path in paths])
+    if json:
+        print_json(data)
+    else:
+        tables.print_comparison(data)
+
+
+def are_runs(paths: Sequence[str]) -> bool:
+    """Whether `diff` compares runs: there are more than two, or each is a run folder, a trial of a sweep or a report."""
+    places = [Path(path) for path in paths]
+    return len(paths) > 2 or all((place / "report.json").is_file() or place.suffix == ".json" for place in places)
 
 
 def unpack(checkpoint: str, output: Path, *, max_shard_size: str, code: Code, quiet: bool) -> None:

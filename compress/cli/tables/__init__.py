@@ -8,6 +8,7 @@ if TYPE_CHECKING:
     from compress.cli.tables.architecture import print_architecture as print_architecture
     from compress.cli.tables.checkpoint import print_diff as print_diff
     from compress.cli.tables.checkpoint import print_inspection as print_inspection
+    from compress.cli.tables.comparison import print_comparison as print_comparison
     from compress.cli.tables.export import print_export as print_export
     from compress.cli.tables.fit import print_fit as print_fit
     from compress.cli.tables.listing import print_pass as print_pass
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     from compress.cli.tables.sweep import print_sweep as print_sweep
 
 _HOME = {
+    "print_comparison": "comparison",
     "print_architecture": "architecture",
     "print_diff": "checkpoint",
     "print_evaluation": "report",
