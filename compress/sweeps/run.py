@@ -7,11 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from compress.files import disk_errors, place, remove, write_atomically
-from compress.pipeline.preflight import check_folders, check_sets
+from compress.pipeline.check import check
 from compress.progress import Progress, SilentProgress
-from compress.recipe.located import Located
 from compress.recipe.problems import plain
-from compress.recipe.search import SearchRecipe, load_search
+from compress.recipe.search import load_search
 from compress.sweeps.document import document, to_text
 from compress.sweeps.page import render_sweep
 from compress.sweeps.samplers import check_sampler
@@ -47,7 +46,7 @@ def run_sweep(
     search = load_search(recipe, sets)
     check_sampler(search)
     options = check_submit(submit, submit_options)
-    _check(search)
+    check(search.recipe)
     path = place(search.recipe.output)
     study = Study.begin(path.with_name(f"{path.name}.sweep"), search, plain(search.written))
     runs, shown = TrialRuns(study, runner), progress or SilentProgress()
@@ -70,14 +69,6 @@ def join_sweep(folder: Path, *, runner: Runner = run_process, progress: Progress
     runs = TrialRuns(study, runner)
     work(runs, progress or SilentProgress())
     return _finished(runs)
-
-
-def _check(search: SearchRecipe) -> None:
-    """Refuse what every trial would refuse. Raises `CompressError`."""
-    recipe = search.recipe
-    with Located(recipe):
-        check_folders(recipe)
-        check_sets(recipe)
 
 
 def _finished(trials: TrialRuns) -> dict[str, Any]:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from compress.cli.commands.recipes import check
 from compress.errors import RecipeError
 from compress.recipe import load_recipe
 from compress.recipe.search import load_search
@@ -16,7 +17,7 @@ model: {model}
 output: out
 data:
   calibration: {{files: [{train}]}}
-  evaluation: {{files: [{valid}]}}
+  evaluation: {{files: [{valid}], window: 32}}
 passes:
   - prune_structured: {{layers: 1, optional: true}}
   - prune_unstructured: {{sparsity: {{search: {{from: 40%, to: 60%, step: 10%}}}}}}
@@ -117,3 +118,11 @@ def test_sweep_refuses_a_recipe_that_does_not(path):
         load_search(
             {"model": "m/m", "output": "o", "passes": [{"cast": {"weights": "bf16"}}], "sweep": {"minimize": ["size"]}}
         )
+
+
+def test_check_takes_a_sweep(path, capsys):
+    check([path], [], data=False, resolved=False, json=False, form=None)
+    assert "no mistakes found" in capsys.readouterr().out
+    path.write_text(path.read_text().replace("[int8, int4]", "[int8, int7]"))
+    with pytest.raises(RecipeError, match="got 'int7'"):
+        check([path], [], data=False, resolved=False, json=False, form=None)

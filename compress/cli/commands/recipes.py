@@ -95,7 +95,7 @@ def _check(path: Path, sets: Sequence[str], *, data: bool, resolved: bool, json:
     from compress.recipe import resolved as resolve
     from compress.recipe import to_yaml
 
-    result = check_recipe(load(path, sets), data=data)
+    result = check_recipe(_any_recipe(path, sets), data=data)
     if json:
         print_json({"schema": "compress.check/1", "recipe": resolve(result.recipe)})
     elif resolved:
@@ -103,6 +103,22 @@ def _check(path: Path, sets: Sequence[str], *, data: bool, resolved: bool, json:
     elif not quiet:
         for line in result.lines(str(path)):
             say(line)
+
+
+def _any_recipe(path: Path, sets: Sequence[str]) -> Recipe:
+    """The recipe of a run, or that of a sweep with the first value of each; every other one is checked too."""
+    from compress.errors import RecipeError
+
+    try:
+        return load(path, sets)
+    except RecipeError:
+        from compress.recipe.load import read_tree
+        from compress.recipe.search import load_search
+
+        root = read_tree(path, [])
+        if root is None or "sweep" not in root.entries:
+            raise
+        return load_search(path, sets).recipe
 
 
 def plan(
