@@ -145,7 +145,7 @@ class Study:
             token = (path / "journal.jsonl").stat().st_ino
             study = {"recipe": json.loads(json.dumps(mapping)), "folder": place, "path": str(path.absolute())}
             write_record(path / "study.json", _STUDY, {**study, "journal": token, "host": socket.gethostname()})
-        return cls(path, search, Path(place))
+        return cls(path.absolute(), search, Path(place))
 
     @classmethod
     def join(cls, path: Path) -> Study:
@@ -179,7 +179,7 @@ class Study:
                 fix="mount it at the same place",
             )
         with contextlib.chdir(folder):
-            return cls(path.absolute() if not path.is_absolute() else path, load_search(known["recipe"]), folder)
+            return cls(path.absolute(), load_search(known["recipe"]), folder)
 
     # ---- the journal ----
 
