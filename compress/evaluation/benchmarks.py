@@ -16,18 +16,17 @@ from compress.evaluation.metrics.base import Resampling
 from compress.evaluation.worker import started
 from compress.statistics import Interval, accuracy_drop, share
 
-#: Metrics that are exp or log2 of a ratio of sums (`lm_eval.api.metrics`) ▶ their function of the ratio.
-_OF_SUMS = {
-    "word_perplexity": lambda x: _exp(-x),
-    "byte_perplexity": lambda x: _exp(-x),
-    "bits_per_byte": lambda x: -x / math.log(2),
-}
+#: Metrics of lm-eval that are a function of a ratio of sums (`lm_eval.api.metrics`).
+_OF_SUMS = ("word_perplexity", "byte_perplexity", "bits_per_byte")
 
 
-def _exp(x: Any) -> Any:
+def _of_ratio(metric: str, ratio: Any) -> Any:
+    """A metric of a ratio of sums, such as log-likelihood over bytes; the ratio itself for other metrics."""
     import numpy as np
 
-    return np.exp(x)
+    if metric in _OF_SUMS:
+        return -ratio / math.log(2) if metric == "bits_per_byte" else np.exp(-ratio)
+    return ratio
 
 
 def check_lm_eval(settings: LmEvalSettings) -> None:
@@ -80,7 +79,7 @@ def task_level(task: Mapping[str, Any], metric: str, resampling: Resampling) -> 
     """Value of a metric with its interval: exact for rights and wrongs, else resampled over documents."""
     rows = _columns(task, metric)
     if metric in _OF_SUMS:
-        return resampling.sums(lambda sums: _OF_SUMS[metric](sums[0] / sums[1]), rows)
+        return resampling.sums(lambda sums: _of_ratio(metric, sums[0] / sums[1]), rows)
     if _counts(rows[0]):
         return share(int(sum(rows[0])), len(rows[0]), resampling.confidence)
     return resampling.sums(lambda sums: sums[0] / sums[1], rows)
@@ -106,10 +105,9 @@ def task_change(
             lost, won = sum(a > b for a, b in pairs), sum(b > a for a, b in pairs)
             return accuracy_drop(lost, won, len(pairs), resampling.confidence)
         return resampling.sums(lambda s: 100 * (s[0] - s[1]) / s[2], [first[0], last[0], first[1]])
-    value = _OF_SUMS.get(metric, lambda x: x)
 
     def increase(sums: Any) -> Any:
-        x, y = value(sums[0] / sums[1]), value(sums[2] / sums[3])
+        x, y = _of_ratio(metric, sums[0] / sums[1]), _of_ratio(metric, sums[2] / sums[3])
         return y / x - 1 if relative else y - x
 
     return resampling.sums(increase, [*first, *last])
