@@ -101,6 +101,11 @@ def row_notes(report: Mapping[str, Any]) -> list[str]:
     notes = ["bits per weight: stored bits over all parameters"]
     if any(size["kept_parameters"] != size["parameters"] for size in (first, last)):
         notes.append("parameters kept: without those that pruning set to 0")
+    rates = report["result"].get("throughput")
+    if rates is not None:
+        notes.append(
+            f"{rates['runtime']} prefill, decode: tokens per second, of a prompt of {rates['prompt']}, and one by one"
+        )
     decoded = last["load_bytes"] > 1.02 * last["bytes"] and report["recipe"]["resolved"]["store"] == "stock"
     runtime = "; vLLM keeps codes and computes with them" if decoded else ""
     return [*notes, f"weights in memory: once transformers has loaded them{runtime}"]
@@ -187,11 +192,11 @@ def _throughput(before: Mapping[str, Any] | None, after: Mapping[str, Any] | Non
     if before is None or after is None:
         return []
     rows = []
-    for key, name in (("prefill", f"reads {after['prompt']} tokens"), ("decode", "decodes")):
+    for key in ("prefill", "decode"):
         x, y = before[key]["median"], after[key]
         change = f"{ratio(y['ratio'])} ({significant(y['lower'])} to {significant(y['upper'])})"
-        old, new = (f"{significant(rate)} tokens/s" for rate in (x, y["median"]))
-        rows.append(Row(f"{after['runtime']} {name}", old, new, change, timed=True))
+        old, new = (f"{significant(rate)} tok/s" for rate in (x, y["median"]))
+        rows.append(Row(f"{after['runtime']} {key}", old, new, change, timed=True))
     return rows
 
 

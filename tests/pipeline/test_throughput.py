@@ -69,7 +69,7 @@ def test_run_measures_tokens_per_second_in_llama_cpp(tmp_path):
     for side in (before, after):
         assert (side["runtime"], side["version"], side["prompt"], side["generated"]) == ("llama.cpp", "0.5.0", 16, 4)
         assert len(side["decode"]["samples"]) == len(side["prefill"]["samples"]) == 10
-    assert "llama.cpp decodes" in (tmp_path / "out.run" / "report.md").read_text()
+    assert "llama.cpp decode |" in (tmp_path / "out.run" / "report.md").read_text()
     again = compress.run(recipe)
     assert again.nothing_to_do
     assert again.report == report
