@@ -12,6 +12,7 @@ import pytest
 import yaml
 
 import compress
+from compress.cli.commands import recipes as commands
 from compress.errors import CompressError, RecipeError
 from compress.fits.rank import combinations
 from tests import pico
@@ -122,3 +123,12 @@ def test_a_bound_and_passes_exclude_each_other(recipe):
 def test_an_encoder_has_no_next_token(recipe):
     with pytest.raises(CompressError, match="is no causal language model"):
         compress.fit({**recipe, "model": str(pico.folder("bert"))})
+
+
+def test_check_takes_a_bound(recipe, tmp_path, capsys):
+    file = tmp_path / "fit.yaml"
+    file.write_text(yaml.safe_dump(recipe))
+    commands.check([file], [], data=False, resolved=False, json=False, form=None)
+    assert "no mistakes found" in capsys.readouterr().out
+    with pytest.raises(RecipeError, match="give one of"):
+        commands.check([file], ["fit.max_bytes=1MB"], data=False, resolved=False, json=False, form=None)

@@ -106,19 +106,20 @@ def _check(path: Path, sets: Sequence[str], *, data: bool, resolved: bool, json:
 
 
 def _any_recipe(path: Path, sets: Sequence[str]) -> Recipe:
-    """The recipe of a run, or that of a sweep with the first value of each; every other one is checked too."""
+    """The recipe of a run; that of a sweep with the first value of each, every other one is checked too; that of a bound."""
     from compress.errors import RecipeError
 
     try:
         return load(path, sets)
     except RecipeError:
+        from compress.recipe.bound import load_bound
         from compress.recipe.load import read_tree
         from compress.recipe.search import load_search
 
         root = read_tree(path, [])
-        if root is None or "sweep" not in root.entries:
+        if root is None or not {"fit", "sweep"} & root.entries.keys():
             raise
-        return load_search(path, sets).recipe
+        return load_bound(path, sets).recipe if "fit" in root.entries else load_search(path, sets).recipe
 
 
 def plan(
