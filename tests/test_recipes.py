@@ -10,6 +10,7 @@ import pytest
 import compress
 from compress import passes
 from compress.checkpoint.open import open_checkpoint
+from compress.exports import get
 from compress.recipe import load_recipe
 from compress.recipe.gates import bounds
 from tests import pico
@@ -76,6 +77,13 @@ def lenient(loaded):
     return [f"gates={json.dumps(gates)}", *([f"evaluate={json.dumps(measured)}"] if loaded.evaluate else [])]
 
 
+def need_packages(loaded):
+    """Skip where a package of the recipe's exports is not installed."""
+    for entry in loaded.export:
+        for package in get(entry.name).packages:
+            pytest.importorskip(package)
+
+
 def exact(report):
     for stage in report["stages"]:
         for row in stage["passes"]:
@@ -88,6 +96,7 @@ def test_recipe_runs_on_a_pico_model(path, small, short, tmp_path, monkeypatch):
     """Every pass as the recipe says it; on the example model in `make test-all`."""
     monkeypatch.chdir(ROOT)
     loaded = load_recipe(path)
+    need_packages(loaded)
     data, sets = loaded.data, [f"output={tmp_path / 'out'}", *lenient(loaded)]
     sets.append(f"model={small['classifier' in loaded.model]}")
     assert compress.plan(path).stages  # as it is shipped
@@ -117,6 +126,7 @@ def test_recipe_runs_on_a_pico_model(path, small, short, tmp_path, monkeypatch):
 def test_recipe_runs_on_the_example_model(path, tmp_path, monkeypatch):
     monkeypatch.chdir(ROOT)
     loaded = load_recipe(path)
+    need_packages(loaded)
     data = loaded.data
     fewer = ["data.evaluation.max_documents=10"] if data.evaluation and data.evaluation.label is None else []
     if data.calibration is not None:

@@ -7,6 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 from compress.architectures.model_map import model_map
+from compress.checkpoint.runtimes import runtimes_note
 from compress.checkpoint.storage.compressed_tensors.loaders import stock_holds
 from compress.checkpoint.storage.compressed_tensors.servers import servers_note
 from compress.spec.formats import FIXED_GROUPS
@@ -66,9 +67,12 @@ def narrow_codes(spec: Spec) -> list[str]:
 
 def loading_notes(spec: Spec) -> list[str]:
     """Notes on what stock transformers needs to load the checkpoint, beside torch."""
+    opens = runtimes_note(spec)
     if spec.structure.compact:
-        return ["its own modelling file decodes it: load it with trust_remote_code=True"]
-    notes = [note for note in (runtime_note(spec), expert_note(spec), servers_note(spec)) if note is not None]
+        decoded = "its own modelling file decodes it: load it with trust_remote_code=True"
+        return [decoded] if opens is None else [opens, decoded]
+    every = (runtime_note(spec), expert_note(spec), opens, servers_note(spec))
+    notes = [note for note in every if note is not None]
     if spec.structure.runtime != "transformers":
         return notes
     notes += [f"transformers needs a package to load its codes: {INSTALL}"] if codes(spec) else []

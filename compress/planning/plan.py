@@ -6,7 +6,8 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 from compress.architectures.cache import cache_bytes
-from compress.checkpoint.store import Store
+from compress.checkpoint.runtimes import runtimes_note
+from compress.checkpoint.store import Store, with_storage
 from compress.formatting import format_bytes
 from compress.planning.sizes import Size, other_store
 from compress.recipe.work import WorkBeside
@@ -105,6 +106,11 @@ class Plan(Shown):
                 rows.append({"length": length, "original": original, "result": result})
         return rows
 
+    @property
+    def opens(self) -> str | None:
+        """A sentence on the runtimes that open the result; None where nothing like it was tried."""
+        return runtimes_note(with_storage(self.stages[-1].passes[-1].spec, self.store))
+
     def to_dict(self, rates: Rates | None = None) -> dict[str, Any]:
         """JSON values, schema ``compress.plan/1``. ``rates``: of this machine, for the time of each pass."""
         return {
@@ -113,6 +119,7 @@ class Plan(Shown):
             "original": asdict(self.original),
             "notes": list(self.original_spec.notes),
             "cache": self.cache,
+            "opens": self.opens,
             "seconds": self.beside.seconds(rates),
             "stages": [
                 {

@@ -1,5 +1,5 @@
 // transformers.js: logits of a folder of `compress export --to onnx`, and ids of its tokenizer.
-// node run_transformers_js.mjs FOLDER IDS.json OUT.json   (NODE_MODULES: folder with the package)
+// node run_transformers_js.mjs ASKED.json FOLDER OUT.json   (NODE_MODULES: folder with the package)
 import { createRequire } from "node:module";
 import { readFileSync, writeFileSync } from "node:fs";
 import { dirname, basename, resolve } from "node:path";
@@ -7,7 +7,7 @@ import { pathToFileURL } from "node:url";
 
 const require = createRequire(process.env.NODE_MODULES + "/");
 const js = await import(pathToFileURL(require.resolve("@huggingface/transformers")));
-const [folder, source, target] = process.argv.slice(2);
+const [source, folder, target] = process.argv.slice(2);
 const asked = JSON.parse(readFileSync(source));
 js.env.allowRemoteModels = false;
 js.env.localModelPath = dirname(resolve(folder)) + "/";

@@ -35,6 +35,8 @@ def print_plan(plan: Mapping[str, Any]) -> None:
     for row in plan.get("exports", ()):
         size = "" if row["bytes"] is None else f" {'' if row['exact'] else '≈ '}{format_bytes(row['bytes'])}"
         print_line(console, f"export{size}: {row['path']}")
+    if plan["opens"]:
+        print_line(console, plan["opens"])
     _print_cache(console, plan["cache"])
     for row in passes:
         for note in row["notes"]:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, cast
 import numpy as np
 from numpy.typing import NDArray
 
+from compress.spec.formats import BLOCK
 from compress.spec.spec import Tensor
 
 if TYPE_CHECKING:
@@ -77,6 +78,8 @@ def read_matrix(checkpoint: Checkpoint, tensor: Tensor) -> CodedMatrix | None:
         return None
     stored = codes.codes.view(torch.uint8) if quant_format.format == "fp8" else codes.codes
     scale = codes.scale.float().reshape(-1, 1) if quant_format.whole else codes.scale.float()
+    if quant_format.block:
+        scale = scale.repeat_interleave(BLOCK, 0)[: stored.shape[0]]
     scale = scale.expand(stored.shape[0], -1).contiguous()
     zero = None
     if codes.zero is not None:

@@ -7,6 +7,7 @@ from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 
+from compress.architectures.model_map import model_map
 from compress.exports.base import ExportError
 from compress.spec.classes import CAUSAL_LM
 from compress.spec.spec import Spec
@@ -16,7 +17,11 @@ GRAPH = "onnx/model.onnx"
 
 
 def check_formats(spec: Spec) -> None:
-    """Raise `ExportError` for a format of codes that ONNX has no operator for."""
+    """Raise `ExportError` for a format of codes that ONNX has no operator for, and for codes of the table of tokens."""
+    table = model_map(spec).embedding
+    if table is not None and spec.tensors[table].quant_format is not None:
+        fix = "leave it out of `overrides`, or export what `compress unpack` writes"
+        raise ExportError("ONNX cannot hold codes of the table of tokens", where=table, fix=fix)
     for tensor in spec.stored():
         quant_format = tensor.quant_format
         if quant_format is None or (

@@ -15,7 +15,8 @@ from compress.exports.onnx.matrices import CodedMatrix, Index, joined, packed, r
 from compress.exports.onnx.supported import check_formats
 from compress.models.loading import values_in
 from tests import pico
-from tests.toolbox import apply
+from tests.passes.cast.test_schemes import SIZES
+from tests.toolbox import apply, plan
 
 CASTS = {
     "int8": {"weights": "int8"},
@@ -39,6 +40,16 @@ def test_read_matrix_has_the_values_of_the_checkpoint(family: str, name: str) ->
     assert matrix is not None
     wanted = values_in(checkpoint, tensor, torch.float32).numpy()
     assert np.array_equal(matrix.values(), wanted.T if tensor.quant_format.transposed else wanted)
+
+
+def test_scales_of_blocks_are_those_of_their_rows_and_inputs() -> None:
+    source = open_checkpoint(pico.folder("llama", dtype=torch.bfloat16, **SIZES))
+    checkpoint = apply(source, "cast", scheme="FP8_BLOCK", method="rtn")
+    coded = [t for t in checkpoint.spec.weights() if t.quant_format is not None]
+    assert any(t.quant_format.block for t in coded)
+    for tensor in coded:
+        matrix = read_matrix(checkpoint, tensor)
+        assert np.array_equal(matrix.values(), values_in(checkpoint, tensor, torch.float32).numpy()), tensor.name
 
 
 def test_index_finds_joined_matrices_and_the_rows_between_them() -> None:
@@ -105,3 +116,12 @@ def test_formats_without_an_operator_are_refused() -> None:
     )
     with pytest.raises(ExportError, match="ONNX cannot hold mxfp4 codes; cast with weights: int4"):
         check_formats(checkpoint.spec)
+
+
+def test_codes_of_the_table_of_tokens_are_refused() -> None:
+    settings = {"weights": "int8", "overrides": {"model.embed_tokens": "int8"}, "runtime": "vllm"}
+    spec = plan(open_checkpoint(pico.folder()), "cast", method="rtn", **settings)
+    with pytest.raises(
+        ExportError, match=r"embed_tokens.weight: ONNX cannot hold codes of the table of tokens; leave it"
+    ):
+        check_formats(spec)

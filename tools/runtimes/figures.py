@@ -1,0 +1,57 @@
+"""Figures of a cell of the table, from the outputs of a runtime and those of a reference."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from textwrap import shorten
+from typing import Any
+
+import numpy as np
+
+#: Most characters of a reason.
+LONGEST = 200
+
+
+def log_softmax(logits: Any) -> Any:
+    """In float64."""
+    shifted = logits.astype(np.float64) - logits.max(-1, keepdims=True)
+    return shifted - np.log(np.exp(shifted).sum(-1, keepdims=True))
+
+
+def figures(values: Mapping[str, Any], reference: Mapping[str, Any], asked: Mapping[str, Any]) -> dict[str, Any]:
+    """Figures by name, or ``no``: why the runtime does not open the artefact. ``asked``: as of `models.asked`.
+
+    ``largest``: largest difference of logits; ``kl``: nats per token. ``gap``: mean difference of the
+    log-probabilities of the likeliest tokens; ``top1``: share of places with the same likeliest token. ``halves``: largest
+    difference of the logits when the text is read in halves. ``greedy``: equal tokens; ``of``: decoded ones. ``ids``: whether
+    the ids of the text are equal.
+    """
+    if "error" in values:
+        return {"no": reason(values["error"])}
+    result: dict[str, Any] = {}
+    if "logits" in values and "logits" in reference:
+        result["largest"] = float(np.abs(values["logits"] - reference["logits"]).max())
+        p, q = log_softmax(reference["logits"]), log_softmax(values["logits"])
+        result["kl"] = max(0.0, float((np.exp(p) * (p - q)).sum(-1).mean()))
+    if "top_ids" in values:
+        wanted, places = log_softmax(reference["logits"]), values["top_ids"]
+        rows = np.arange(len(places))
+        result["gap"] = float(np.abs(values["top_logprobs"] - wanted[rows[:, None], places]).mean())
+        result["top1"] = float((wanted[rows].argmax(-1) == places[:, 0]).mean())
+    if "halves" in values:
+        result["halves"] = float(np.abs(values["halves"] - values["logits"]).max())
+    if "greedy" in values and "greedy" in reference:
+        result |= {"greedy": int((values["greedy"] == reference["greedy"]).sum()), "of": len(values["greedy"])}
+    if "text_ids" in values:
+        result["ids"] = [int(number) for number in values["text_ids"]] == asked["text_ids"]
+    return _rounded(result)
+
+
+def reason(error: str) -> str:
+    """An error, shortened for a table."""
+    return shorten(error.replace("|", "¦"), LONGEST, placeholder=" …")
+
+
+def _rounded(values: dict[str, Any]) -> dict[str, Any]:
+    """Three significant digits, enough for a table."""
+    return {name: float(f"{value:.3g}") if isinstance(value, float) else value for name, value in values.items()}

@@ -1,0 +1,55 @@
+"""vLLM on a CPU: log-probabilities of the 20 likeliest tokens at each place, and greedy tokens, of checkpoint folders.
+
+python run_vllm.py ASKED.json FOLDER OUT.npz [FOLDER OUT.npz …]
+"""
+
+import os
+
+os.environ.update(
+    TORCHDYNAMO_DISABLE="1",  # else small functions are compiled by g++
+    VLLM_CPU_KVCACHE_SPACE="1",
+    VLLM_ENABLE_V1_MULTIPROCESSING="0",
+    VLLM_CPU_OMP_THREADS_BIND="nobind",
+    VLLM_LOGGING_LEVEL="ERROR",
+    VLLM_NO_USAGE_STATS="1",
+    DO_NOT_TRACK="1",
+)
+
+import gc
+import time
+
+import numpy as np
+import vllm
+from each import each
+
+LIKELIEST = 20
+
+
+def outputs(folder, asked):
+    """``top_ids`` and ``top_logprobs`` [places, 20], likeliest first; ``greedy``."""
+    ids, prompt, count = asked["ids"], asked["prompt"], asked["new_tokens"]
+    options = {"dtype": "bfloat16", "enforce_eager": True, "enable_prefix_caching": False, "max_num_seqs": 1}
+    length = len(ids) + count
+    model = vllm.LLM(folder, max_model_len=length, max_num_batched_tokens=length, **options)
+    try:
+        scored = vllm.SamplingParams(max_tokens=1, temperature=0, prompt_logprobs=LIKELIEST)
+        (result,) = model.generate([{"prompt_token_ids": ids}], scored, use_tqdm=False)
+        places = [
+            sorted(place.items(), key=lambda one: one[1].rank)[:LIKELIEST] for place in result.prompt_logprobs[1:]
+        ]
+        start = time.perf_counter()
+        freely = vllm.SamplingParams(max_tokens=count, min_tokens=count, temperature=0, ignore_eos=True)
+        (decoded,) = model.generate([{"prompt_token_ids": prompt}], freely, use_tqdm=False)
+        return {
+            "top_ids": np.array([[token for token, _ in place] for place in places]),
+            "top_logprobs": np.array([[value.logprob for _, value in place] for place in places]),
+            "greedy": np.array(decoded.outputs[0].token_ids),
+            "seconds": time.perf_counter() - start,
+            "version": vllm.__version__,
+        }
+    finally:
+        del model
+        gc.collect()
+
+
+each(outputs)
