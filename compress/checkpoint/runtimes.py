@@ -79,12 +79,15 @@ def opened(spec: Spec) -> dict[MeasuredRuntime, bool]:
 def runtimes_note(spec: Spec) -> str | None:
     """A sentence on the runtimes that open a checkpoint, itself or exported; None where nothing like it was tried."""
     verdicts = opened(spec)
-    parts = []
+    direct, exported = "", []
     for form in dict.fromkeys(runtime.opens for runtime in verdicts):
         names = ", ".join(f"{r.name} {r.version}" for r, opens in verdicts.items() if opens and r.opens == form)
-        if names:
-            parts.append(names if form == "checkpoint" else f"exported to {form}, in {names}")
+        if names and form == "checkpoint":
+            direct = f"opens on a CPU in {names}"
+        elif names:
+            exported.append(f"{form} in {names}")
     closed = ", ".join(runtime.name for runtime, opens in verdicts.items() if not opens)
-    if not parts:
+    if not direct and not exported:
         return None
-    return f"opens on a CPU in {'; '.join(parts)}" + (f"; not in {closed}" if closed else "")
+    parts = [direct, f"once exported: {', '.join(exported)}" if exported else "", f"not in {closed}" if closed else ""]
+    return "; ".join(part for part in parts if part)

@@ -53,10 +53,10 @@ class Evaluations:
     _input: str = ""
 
     def add(self, original: Stored, rows: list[dict[str, Any]]) -> None:
-        """Put ``evaluation``, ``latency`` and ``throughput`` into each stage's row; the last two of the last stage only."""
+        """Put the results into the rows of the stages; all but ``evaluation`` are those of the last stage only."""
         wanted = set(self.recipe.metrics)
         for row in rows:
-            row["evaluation"] = row["latency"] = row["throughput"] = None
+            row["evaluation"] = row["latency"] = row["throughput"] = row["lm_eval"] = None
         if wanted & TEXT_METRICS and self.data.files("evaluation"):
             self._evaluate(original, rows)
         if wanted & SPEED_METRICS:

@@ -20,6 +20,8 @@ from compress.spec.spec import FLOAT_DTYPES, Spec, Structure
 
 #: Fields of a config that number formats change.
 _FORMATS = ("dtype", "torch_dtype", KEY)
+#: Fields that a model's class may ignore, which only its outputs show.
+_MAY_BE_UNUSED = ("layer_types", "sliding_window")
 
 
 def streams(stages: Iterable[PlannedStage]) -> bool:
@@ -40,6 +42,8 @@ def formats_alone(before: Spec, after: Spec) -> bool:
 def _regular(spec: Spec) -> bool:
     """Whether all blocks have the same tensors, and outside them are only tables, a head and norms, so that none is missing."""
     mapped = model_map(spec)
+    if any(spec.structure.config.get(key) for key in _MAY_BE_UNUSED):
+        return False
     if mapped.record.source != "written" or not mapped.record.packable or mapped.has_experts or mapped.record.stacks:
         return False
     blocks = [{name: tensor.shape for name, tensor in block.tensors.items()} for block in mapped.blocks]
@@ -69,7 +73,8 @@ def check_codes_config(stored: Stored) -> None:
             continue
         kind = "Embedding" if mapped.linears[tensor.name].role == "embedding" else "Linear"
         meant = groups.scheme(mapped.in_memory(tensor.module), kind) is not None
-        if meant != (tensor.name in coded) or tensors.get(tensor.name) != coded.get(tensor.name):
+        read, planned = tensors.get(tensor.name), coded.get(tensor.name)
+        if meant != (planned is not None) or (read and read.quant_format) != (planned and planned.quant_format):
             raise CheckpointError(
                 f"the config does not say what {tensor.name} is",
                 where=where,

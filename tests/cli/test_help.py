@@ -67,7 +67,7 @@ def test_help_has_whole_summaries(capsys, monkeypatch, width):
         (["xyzzy"], "there is no command `xyzzy`; `compress --help` lists the commands"),
         (["run", "r", "--frsh"], "`run` has no option `--frsh`; did you mean `--fresh`?"),
         (["--verson"], "`compress` has no option `--verson`; did you mean `--version`?"),
-        (["diff", "a"], "missing argument 'B'; `compress diff --help` shows what there is"),
+        (["diff", "a"], "a: there is nothing to compare it with; name two checkpoints, or runs"),
         (["passes", "quantize"], "no pass is called `quantize`; did you mean `cast`?"),
         (["eval", "m", "--window", "x"], "invalid value for '--window'"),
         (["eval", "m", "--metric", "bpb"], "did you mean `bits_per_byte`?"),

@@ -266,7 +266,7 @@ r.yaml:16:5: expected one pass, got `cast`, `weights`
 r.yaml:18:36: sparsity: expected a share between 0 and 1, such as 50% or 0.5, got '150%'
    18 |   - prune_unstructured: {sparsity: 150%, pattern: 2:4}
       |                                    ^^^^
-r.yaml:19:12: expected bits_per_byte, perplexity, accuracy, repetition, f1, similarity, spearman, kl, agreement, latency, memory or throughput, got 'bpb'
+r.yaml:19:12: expected bits_per_byte, perplexity, accuracy, repetition, f1, similarity, spearman, kl, agreement, latency, memory, throughput or lm_eval, got 'bpb'
    19 | evaluate: [bpb, kl]
       |            ^^^
    did you mean `bits_per_byte`?

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from compress.architectures.model_map import model_map
+from compress.checkpoint.older_keys import without_older_keys
 from compress.checkpoint.open import open_checkpoint
 from compress.data.batches import Batches
 from compress.errors import PassError
@@ -52,7 +53,7 @@ def test_mixtral_changes_the_config_alone(tmp_path):
     details: dict = {}
     out = lowered(folder, tmp_path, details)
     before, after = (json.loads((place / "config.json").read_text()) for place in (folder, out.folder))
-    assert after == {**before, "num_experts_per_tok": 2}
+    assert without_older_keys(after) == {**before, "num_experts_per_tok": 2}
     assert details["active_experts"] == {"before": 3, "after": 2}
     original = open_checkpoint(folder)
     assert all(torch.equal(out.tensor(n).data, original.tensor(n).data) for n in original.spec.tensors)
