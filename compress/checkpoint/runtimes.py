@@ -81,7 +81,8 @@ def runtimes_note(spec: Spec) -> str | None:
     verdicts = opened(spec)
     direct, exported = "", []
     for form in dict.fromkeys(runtime.opens for runtime in verdicts):
-        names = ", ".join(f"{r.name} {r.version}" for r, opens in verdicts.items() if opens and r.opens == form)
+        tried = [r for r, opens in verdicts.items() if opens and r.opens == form]
+        names = ", ".join(f"{r.name} {r.version.split()[0]}" for r in tried)
         if names and form == "checkpoint":
             direct = f"opens on a CPU in {names}"
         elif names:
