@@ -120,7 +120,8 @@ def test_sweep_refuses_a_recipe_that_does_not(path):
         )
 
 
-def test_check_takes_a_sweep(path, capsys):
+def test_check_takes_a_sweep(path, capsys, monkeypatch):
+    monkeypatch.chdir(path.parent)
     check([path], [], data=False, resolved=False, json=False, form=None)
     assert "no mistakes found" in capsys.readouterr().out
     path.write_text(path.read_text().replace("[int8, int4]", "[int8, int7]"))
