@@ -98,8 +98,8 @@ def picture(rows: list[dict[str, Any]], name: str) -> str:
     ]
     drawn = front_picture(
         points,
-        Axis("bytes, share of the original", True, lambda v: f"{100 * v:g} %"),
-        Axis("KL, nats per token", True, lambda v: f"{10**v:.2g}"),
+        Axis("share of the bytes", True, lambda v: f"{100 * v:g} %"),
+        Axis("KL (nats)", True, lambda v: f"{10**v:.2g}"),
     )
     assert drawn is not None
     path = page.PAGE.parent / "_static" / f"pareto-{name}.svg"
