@@ -12,11 +12,16 @@ from compress import passes
 from compress.checkpoint.open import open_checkpoint
 from compress.exports import get
 from compress.recipe import load_recipe
+from compress.recipe.bound import load_bound
 from compress.recipe.gates import bounds
+from compress.recipe.search import load_search
+from compress.sweeps.run import run_sweep
 from tests import pico
 from tests.conftest import ROOT
+from tests.sweeps.conftest import in_process
 
 RECIPES = sorted((ROOT / "recipes").glob("*.yaml"))
+SWEEPS, FITS = (sorted((ROOT / "recipes" / kind).glob("*.yaml")) for kind in ("sweeps", "fits"))
 #: Those that classify: they have no part that a pico model could stand for.
 LABELLED = ("classifier", "distill_classifier")
 
@@ -77,6 +82,20 @@ def lenient(loaded):
     return [f"gates={json.dumps(gates)}", *([f"evaluate={json.dumps(measured)}"] if loaded.evaluate else [])]
 
 
+def reduced(loaded, small, short):
+    """A pico model, and a little of the data."""
+    data, sets = loaded.data, [f"model={small['classifier' in loaded.model]}"]
+    if data.evaluation.label is None:
+        sets += ["data.evaluation.max_documents=2", "data.evaluation.window=64"]
+    if data.calibration is not None:
+        sets += ["data.calibration.samples=4", "data.calibration.length=48"]
+    for key in ("training", "calibration"):
+        section = getattr(data, key)
+        if section is not None and str(section.files[0]).endswith("train.txt"):
+            sets.append(f"data.{key}.files={json.dumps([str(short)])}")
+    return sets
+
+
 def need_packages(loaded):
     """Skip where a package of the recipe's exports is not installed."""
     for entry in loaded.export:
@@ -97,17 +116,8 @@ def test_recipe_runs_on_a_pico_model(path, small, short, tmp_path, monkeypatch):
     monkeypatch.chdir(ROOT)
     loaded = load_recipe(path)
     need_packages(loaded)
-    data, sets = loaded.data, [f"output={tmp_path / 'out'}", *lenient(loaded)]
-    sets.append(f"model={small['classifier' in loaded.model]}")
+    sets = [f"output={tmp_path / 'out'}", *lenient(loaded), *reduced(loaded, small, short)]
     assert compress.plan(path).stages  # as it is shipped
-    if data.evaluation.label is None:
-        sets += ["data.evaluation.max_documents=2", "data.evaluation.window=64"]
-    if data.calibration is not None:
-        sets += ["data.calibration.samples=4", "data.calibration.length=48"]
-    for key in ("training", "calibration"):
-        section = getattr(data, key)
-        if section is not None and str(section.files[0]).endswith("train.txt"):
-            sets.append(f"data.{key}.files={json.dumps([str(short)])}")
     for i, entry in enumerate(loaded.passes):
         if entry.name == "distill":
             sets += [f"passes.{i}.distill.{key}=null" for key in ("tokens", "epochs")]
@@ -120,6 +130,35 @@ def test_recipe_runs_on_a_pico_model(path, small, short, tmp_path, monkeypatch):
     assert [p["name"] for s in result.report["stages"] for p in s["passes"]] == [p.name for p in loaded.passes]
     exact(result.report)
     open_checkpoint(result.checkpoint)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("path", SWEEPS, ids=lambda path: path.stem)
+def test_sweep_runs_on_a_pico_model(path, small, short, tmp_path, monkeypatch):
+    """Every trial as the recipe says it; the recipes of the front load and name what is kept."""
+    monkeypatch.chdir(ROOT)
+    search = load_search(path)
+    sets = [f"output={tmp_path / 'out'}", *reduced(search.recipe, small, short), "sweep.proxy.max_documents=1"]
+    sets.append(f"sweep.subject_to={{size: {{max_ratio: {search.sweep.subject_to.size.max_ratio}}}}}")
+    made = run_sweep(path, sets, runner=in_process)
+    assert made["status"] == "passed"
+    assert len(made["trials"]) == search.trials
+    assert {trial["state"] for trial in made["trials"]} <= {"done", "pruned"}
+    files = sorted((tmp_path / "out.sweep/front").glob("*.yaml"))
+    assert len(files) == len(made["front"]) > 1
+    for file in files:
+        open_checkpoint(load_recipe(file).output)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("path", FITS, ids=lambda path: path.stem)
+def test_bound_is_kept_on_a_pico_model(path, small, short, tmp_path, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    loaded = load_bound(path).recipe
+    made = compress.fit(path, sets=[f"output={tmp_path / 'out'}", *reduced(loaded, small, short)])
+    assert made.run.verdict == "passed"
+    assert made.run.report["result"]["size"]["bytes"] <= made.document["bound"]
+    open_checkpoint(made.run.checkpoint)
 
 
 @pytest.mark.parametrize("path", [real(path) for path in RECIPES])

@@ -20,6 +20,7 @@ from compress.passes.base import EDITS, accepted_values, chosen_by_effort
 from compress.planning.plan import Plan, PlannedPass, PlannedStage
 from compress.planning.sizes import opened_size, planned_size, size_in_other
 from compress.recipe.gates import metric_of
+from compress.recipe.sweep import DIRECTIONS, metric_of_goal
 from compress.recipe.sizes import cache_lengths, data_sizes
 from compress.recipe.work import work_beside
 from compress.spec.spec import Edit, Spec
@@ -38,6 +39,9 @@ def _check_evaluation(recipe: Recipe, spec: Spec) -> None:
     evaluation, name = recipe.data.evaluation, spec.structure.class_name
     places = {f"gates.{gate}": metric for gate in recipe.gates.given() if (metric := metric_of(gate))}
     places |= {f"evaluate.{i}": entry.name for i, entry in enumerate(recipe.evaluate or ())}
+    if recipe.sweep is not None:
+        goals = [(key, i, goal) for key in DIRECTIONS for i, goal in enumerate(getattr(recipe.sweep, key))]
+        places |= {f"sweep.{key}.{i}": metric for key, i, goal in goals if (metric := metric_of_goal(goal))}
     for where, metric in places.items():
         with located(where):
             check_metrics(name, [metric], given=None)

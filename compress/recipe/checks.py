@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import difflib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, get_args
 
@@ -22,7 +22,8 @@ from compress.recipe.entries import PassEntry, parse_pass
 from compress.recipe.gates import bounds, metric_of
 from compress.recipe.model import Recipe
 from compress.recipe.order import misplaced
-from compress.recipe.problems import ListNode, MapNode, Problem, find_place, node_at, pass_name, text_of
+from compress.recipe.problems import ListNode, MapNode, Problem, find_place, node_at, pass_name, plain, text_of
+from compress.recipe.sweep import DIRECTIONS, OF_TASKS, metric_of_goal, task_of_goal
 
 
 def misplaced_passes(root: MapNode, values: dict[str, Any]) -> Iterator[Problem]:
@@ -71,6 +72,19 @@ def lacking_data(root: MapNode, values: dict[str, Any]) -> Iterator[Problem]:
             path = ("gates", gate)
             place = find_place(root, path, key=True)
             yield Problem(f"the gate {gate} {lacking}", place, path, hint)
+    for path, goal in _goals(values):
+        if metric_of_goal(goal) in TEXT_METRICS - possible:
+            yield Problem(f"the goal {goal} {lacking}", find_place(root, path), path, hint)
+
+
+def _goals(values: Mapping[str, Any]) -> Iterator[tuple[tuple[str | int, ...], str]]:
+    """The goals of a sweep, each with its path."""
+    section = values.get("sweep")
+    for key in DIRECTIONS if isinstance(section, dict) else ():
+        listed = section.get(key)
+        for i, goal in enumerate(listed if isinstance(listed, list) else []):
+            if isinstance(goal, str):
+                yield ("sweep", key, i), goal
 
 
 def lengths_not_measured(root: MapNode, recipe: Recipe) -> Iterator[Problem]:
@@ -93,27 +107,32 @@ def lengths_not_measured(root: MapNode, recipe: Recipe) -> Iterator[Problem]:
 
 
 def tasks_not_measured(root: MapNode, recipe: Recipe) -> Iterator[Problem]:
-    """A problem for each gate on a task of lm-eval that the recipe does not measure, where no file could hold the task."""
+    """A problem for each gate or goal on a task of lm-eval that the recipe does not measure, where no file could hold the task."""
     settings = recipe.settings_of("lm_eval") if "lm_eval" in recipe.metrics else None
     measured: tuple[str, ...] = getattr(settings, "tasks", ())
+    goals = [(path, goal) for path, goal in _goals(plain(root)) if goal.startswith(OF_TASKS)]
     if settings is not None and not measured:
         at = next((i for i, entry in enumerate(recipe.evaluate or ()) if entry.name == "lm_eval"), None)
-        path: tuple[str | int, ...] = ("gates", "lm_eval") if at is None else ("evaluate", at)
+        asked = ("gates", "lm_eval") if recipe.gates.lm_eval or not goals else goals[0][0]
+        path: tuple[str | int, ...] = asked if at is None else ("evaluate", at)
         hint = "write in evaluate: `- lm_eval: {tasks: [arc_easy]}`"
         yield Problem("lm_eval names no task", find_place(root, path), path, hint)
         return
     if any(task.endswith(".yaml") for task in measured):
         return
-    for i, gate in enumerate(recipe.gates.lm_eval or ()):
-        if not any(gate.task == task or gate.task.startswith(f"{task}_") for task in measured):
-            listed = isinstance(node_at(root, ("gates", "lm_eval")), ListNode)
-            path = ("gates", "lm_eval", *((i,) if listed else ()), "task")
-            wanted = ", ".join([*measured, gate.task])
+    listed = isinstance(node_at(root, ("gates", "lm_eval")), ListNode)
+    needed = [
+        (("gates", "lm_eval", *((i,) if listed else ()), "task"), "gate lm_eval", gate.task)
+        for i, gate in enumerate(recipe.gates.lm_eval or ())
+    ]
+    needed += [(path, f"goal {goal}", task_of_goal(goal, measured)[0]) for path, goal in goals]
+    for path, who, task in needed:
+        if not any(task == name or task.startswith(f"{name}_") for name in measured):
             yield Problem(
-                f"the gate lm_eval needs the task {gate.task}, which is not measured",
+                f"the {who} needs the task {task}, which is not measured",
                 find_place(root, path),
                 path,
-                f"write in evaluate: `- lm_eval: {{tasks: [{wanted}]}}`",
+                f"write in evaluate: `- lm_eval: {{tasks: [{', '.join([*measured, task])}]}}`",
             )
 
 

@@ -42,8 +42,8 @@ class Located:
     def _path(self, where: str) -> tuple[str | int, ...] | None:
         """The keys that an error names; None where it names something else."""
         first, *rest = where.split(".")
-        if first in ("data", "gates", "log") and rest:
-            return (first, *rest)
+        if first in ("data", "gates", "log", "sweep") and rest:
+            return (first, *(int(part) if first == "sweep" and part.isdigit() else part for part in rest))
         if first not in ("passes", "evaluate") or not rest:
             return None
         if not rest[0].isdigit():  # a metric by its name alone

@@ -19,7 +19,7 @@ from compress.recipe.fit import Bound
 from compress.recipe.gates import METRICS, Gates, metric_of
 from compress.recipe.log import Log
 from compress.recipe.metric_entries import SETTINGS, RecipeMetrics, parse_metric
-from compress.recipe.sweep import Sweep
+from compress.recipe.sweep import Sweep, metric_of_goal
 from compress.settings import ByteSize, Settings, expected
 
 if TYPE_CHECKING:
@@ -151,8 +151,9 @@ class Recipe(Settings):
 
     @property
     def metrics(self) -> tuple[str, ...]:
-        """The metrics to measure: ``evaluate`` and what gates read, in the order of `METRICS`."""
+        """The metrics to measure: ``evaluate``, what gates read and the goals of a sweep, in the order of `METRICS`."""
         wanted = {*(entry.name for entry in self.evaluate or ()), *(metric_of(gate) for gate in self.gates.given())}
+        wanted |= {metric_of_goal(goal) for goal in (() if self.sweep is None else self.sweep.goals)}
         return tuple(metric for metric in METRICS if metric in wanted)
 
     def settings_of(self, metric: str) -> Settings | None:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import re
 from typing import Any
 
 from pydantic import BaseModel, ValidationError
@@ -13,6 +11,7 @@ from compress import exports, passes
 from compress.data.default_text import DEFAULT
 from compress.recipe.metric_entries import SETTINGS
 from compress.recipe.model import Recipe
+from compress.recipe.search_schema import add_search, referenced
 
 DIALECT = "https://json-schema.org/draft/2020-12/schema"
 ID = "urn:compress-toolkit:recipe"
@@ -25,7 +24,7 @@ def recipe_schema() -> dict[str, Any]:
     models: list[type[BaseModel]] = [Recipe, *dict.fromkeys([*settings.values(), *SETTINGS.values(), *targets])]
     of_model, rest = models_json_schema([(model, "validation") for model in models])
     definitions: dict[str, Any] = rest["$defs"]
-    recipe = definitions.pop(of_model[(Recipe, "validation")]["$ref"].removeprefix("#/$defs/"))
+    recipe = definitions.pop(_defined(of_model, Recipe))
     properties: dict[str, Any] = {
         "extends": {
             "type": "string",
@@ -60,8 +59,10 @@ def recipe_schema() -> dict[str, Any]:
         ]
     }
     properties["export"]["items"] = {"oneOf": [_target(name, of_model) for name in exports.TARGETS]}
+    add_search(definitions, properties, [_defined(of_model, model) for model in settings.values()])
     for gate in [name for name in definitions if name.endswith("Gate")]:
         definitions[gate]["minProperties"] = 1
+    needed = recipe["required"]
     return {
         "$schema": DIALECT,
         "$id": ID,
@@ -70,20 +71,15 @@ def recipe_schema() -> dict[str, Any]:
         "type": "object",
         "additionalProperties": False,
         "properties": properties,
-        "anyOf": [{"required": ["extends"]}, {"required": recipe["required"]}],
-        "$defs": _referenced(definitions, properties),
+        "anyOf": [{"required": ["extends"]}, {"required": needed}, {"required": [*needed[:-1], "fit"]}],
+        "$defs": {name: definitions[name] for name in referenced(definitions, properties)},
     }
 
 
-def _referenced(definitions: dict[str, Any], root: Any) -> dict[str, Any]:
-    """The definitions that the root refers to, directly or not, in their order; pydantic leaves unused ones."""
-    referenced: set[str] = set()
-    queue = [root]
-    while queue:
-        names = set(re.findall(r'"#/\$defs/([^"]+)"', json.dumps(queue.pop()))) - referenced
-        referenced |= names
-        queue += [definitions[name] for name in names]
-    return {name: definition for name, definition in definitions.items() if name in referenced}
+def _defined(of_model: Any, model: type[BaseModel]) -> str:
+    """Name of a model's definition."""
+    name: str = of_model[(model, "validation")]["$ref"]
+    return name.removeprefix("#/$defs/")
 
 
 def _entry(name: str, model: type[BaseModel], reference: dict[str, Any]) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from compress.recipe.model import Recipe
 from compress.recipe.problems import MapEntry, MapNode, Problem, find_place, plain
 from compress.recipe.space import Dimension, active, grid, searches, substituted, take_space
 from compress.recipe.sweep import Sweep
-from compress.recipe.validate import build
+from compress.recipe.validate import build, spell_default_text
 
 #: Trials of a sampler that has no end.
 _TRIALS = 32
@@ -24,7 +24,8 @@ class SearchRecipe:
     """A recipe with values to search.
 
     Attributes:
-        written: the whole tree. tree: without ``optional``. space: what is searched. recipe: with the first value of each.
+        written: the whole tree. tree: without ``optional``. space: what is searched. recipe: with the first value of each,
+            the bounds of the sweep among its gates.
     """
 
     written: MapNode
@@ -89,6 +90,7 @@ def load_search(
         hint = "add `sweep: {minimize: [size, kl]}`" if searches(root) else "run it with `compress run`"
         raise mistakes([Problem("this recipe has no section `sweep`", root.place, ("sweep",), hint)])
     tree = copy.deepcopy(root)
+    spell_default_text(tree)
     space = take_space(tree, problems)
     if not space and not problems:
         place = find_place(root, ("sweep",), key=True)
@@ -101,6 +103,8 @@ def load_search(
         for value in dimension.ends()[1:] if made is not None else ():
             changed_tree = _of_trial(tree, space, {**first, dimension.name: value})
             build(changed_tree, problems, check_files=False, complete=True)
+    if made is not None and not problems:  # with the bounds of the sweep among its gates
+        made = build(_judged(substituted(tree, space, first)), problems, check_files=False, complete=True)
     if made is not None and made.sweep is not None:
         problems += _endless(space, made.sweep)
     if made is None or problems:
@@ -121,7 +125,13 @@ def _endless(space: Sequence[Dimension], sweep: Sweep) -> Iterator[Problem]:
 
 def _of_trial(tree: MapNode, space: Sequence[Dimension], values: Mapping[str, Any]) -> MapNode:
     """The tree of a trial, the bounds of the sweep among its gates."""
-    made = substituted(tree, space, values)
+    made = _judged(substituted(tree, space, values))
+    made.entries.pop("sweep", None)
+    return made
+
+
+def _judged(made: MapNode) -> MapNode:
+    """The tree, changed in place: the bounds of the sweep are among its gates."""
     section = made.get("sweep")
     bounds = section.get("subject_to") if isinstance(section, MapNode) else None
     if isinstance(bounds, MapNode):
@@ -129,5 +139,4 @@ def _of_trial(tree: MapNode, space: Sequence[Dimension], values: Mapping[str, An
         given = dict(gates.entries) if isinstance(gates, MapNode) else {}
         entry = made.entries.get("gates")
         made.entries["gates"] = MapEntry(MapNode(given | bounds.entries, bounds.place), entry.key if entry else None)
-    made.entries.pop("sweep", None)
     return made

@@ -11,7 +11,6 @@ from typing import Any
 from compress.errors import EXIT_BAD_INPUT, EXIT_GATE_FAILED, EXIT_INCONCLUSIVE, EXIT_OK
 from compress.planning import opened_size
 from compress.recipe.space import labels
-from compress.recipe.sweep import lower_is_better
 from compress.sweeps.goals import title
 from compress.sweeps.study import Study, SweepTrial
 from compress.sweeps.trials import TrialRuns, beside, shown
@@ -33,7 +32,7 @@ def document(trials: TrialRuns) -> dict[str, Any]:
         "folder": beside(study.path, study.folder),
         "sampler": search.sweep.sampler,
         "goals": [
-            {"name": goal, "title": title(goal), "better": "lower" if lower_is_better(goal) else "higher"}
+            {"name": goal, "title": title(goal), "better": "lower" if search.sweep.lower(goal) else "higher"}
             for goal in search.sweep.goals
         ],
         "searched": [{"name": name, "label": label} for name, label in labels(search.space).items()],
@@ -62,6 +61,7 @@ def _trial(trials: TrialRuns, study: Study, trial: SweepTrial, on_front: Sequenc
         "excess": outcome.excess,
         "gates": outcome.gates,
         "message": outcome.message,
+        "lack": outcome.lack,
         "seconds": round(sum(part.seconds for part in trial.parts.values()), 1),
         "reused": trial.first.reused,
         "front": trial.number in {each.number for each in on_front},

@@ -39,6 +39,9 @@ def notes(sweep: Mapping[str, Any]) -> list[str]:
             made.append(f"nearest: trial {least['number']} ({_values(least)}): {least['message']}")
     if sweep["front"] and _has_intervals(sweep):
         made.append("in brackets: the interval of each value; values whose intervals overlap may not differ")
+    if lacking := sum(trial["lack"] for trial in sweep["trials"]):
+        trials = f"{lacking} trial{'s' if lacking > 1 else ''}"
+        made.append(f"{trials} failed for lack of memory or disk, or by a kill; the same command tries again")
     reused = sum(trial["reused"] for trial in sweep["trials"])
     if reused:
         made.append(f"{reused} stage{'s' if reused > 1 else ''} came from earlier trials")

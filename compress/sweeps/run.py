@@ -50,10 +50,11 @@ def run_sweep(
     path = place(search.recipe.output)
     study = Study.begin(path.with_name(f"{path.name}.sweep"), search, plain(search.written))
     runs, shown = TrialRuns(study, runner), progress or SilentProgress()
+    study.again()
     if submit is not None:
         run_jobs(study, workers, submit, options, shown)
     else:
-        with beside(study, workers - 1):
+        with beside(study, workers - 1, shown):
             work(runs, shown)
     return _finished(runs)
 

@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Any
 from compress.errors import CompressError
 from compress.recipe.search import SearchRecipe
 from compress.recipe.space import Dimension, active
-from compress.recipe.sweep import lower_is_better
 from compress.sweeps.goals import losses
 from compress.sweeps.study import SweepTrial
 
@@ -82,7 +81,7 @@ def _study(search: SearchRecipe, trials: Sequence[SweepTrial], seed: int) -> opt
             sampler = optuna.samplers.NSGAIISampler(
                 seed=seed, population_size=_population(search), constraints_func=violations
             )
-    directions = ["minimize" if lower_is_better(goal) else "maximize" for goal in search.sweep.goals]
+    directions = ["minimize" if search.sweep.lower(goal) else "maximize" for goal in search.sweep.goals]
     study = optuna.create_study(directions=directions, sampler=sampler)
     worst = _worst(search, trials)
     for trial in trials:
@@ -97,9 +96,9 @@ def _population(search: SearchRecipe) -> int:
 
 def _worst(search: SearchRecipe, trials: Sequence[SweepTrial]) -> list[float]:
     """For each goal the worst loss that was measured: what a trial that never ran is given."""
-    goals = search.sweep.goals
-    rows = [losses(trial.first.goals, goals) for trial in trials if trial.first.state == "done"]
-    return [max((row[i] for row in rows if math.isfinite(row[i])), default=0.0) for i in range(len(goals))]
+    sweep = search.sweep
+    rows = [losses(trial.first.goals, sweep) for trial in trials if trial.first.state == "done"]
+    return [max((row[i] for row in rows if math.isfinite(row[i])), default=0.0) for i in range(len(sweep.goals))]
 
 
 def _frozen(search: SearchRecipe, trial: SweepTrial, worst: Sequence[float]) -> optuna.trial.FrozenTrial:
@@ -107,15 +106,15 @@ def _frozen(search: SearchRecipe, trial: SweepTrial, worst: Sequence[float]) -> 
     import optuna
     from optuna.trial import TrialState
 
-    goals, first = search.sweep.goals, trial.first
+    sweep, first = search.sweep, trial.first
     state = {"done": TrialState.COMPLETE, "pruned": TrialState.COMPLETE, "running": TrialState.RUNNING}.get(
         first.state, TrialState.FAIL
     )
     values = None
     excess = first.excess if first.state != "pruned" else max(first.excess, 1e-6)
     if state is TrialState.COMPLETE:
-        row = losses(first.goals, goals) if first.goals else list(worst)
-        signs = [1 if lower_is_better(goal) else -1 for goal in goals]
+        row = losses(first.goals, sweep) if first.goals else list(worst)
+        signs = [1 if sweep.lower(goal) else -1 for goal in sweep.goals]
         values = [sign * (x if math.isfinite(x) else bad) for sign, x, bad in zip(signs, row, worst, strict=True)]
     attributes = {**trial.sampler.get("attributes", {}), "constraints": [excess]}
     return optuna.trial.create_trial(

@@ -37,7 +37,7 @@ class Outcome:
         state: ``pruned``: never run, since its plan says that it cannot be on the front.
         verdict: of the gates. excess: how far it is beyond them, as shares of their bounds; 0 where none failed.
         goals: name ▶ value, lower, upper. gates: their lines. message: why it failed or was pruned.
-        seconds: it took. reused: stages that it did not compute.
+        seconds: it took. reused: stages that it did not compute. lack: it failed for lack of memory or disk, or was killed.
     """
 
     state: State = "running"
@@ -48,6 +48,7 @@ class Outcome:
     message: str | None = None
     seconds: float = 0.0
     reused: int = 0
+    lack: bool = False
 
     @property
     def feasible(self) -> bool:
@@ -222,7 +223,7 @@ class Study:
         """The part that every trial begins with."""
         return "full" if self.search.sweep.proxy is None else "proxy"
 
-    def begun(self, trial: SweepTrial, part: TrialPart) -> None:
+    def begun(self, trial: SweepTrial, part: str) -> None:
         """Add to the journal that a part of a trial begins here; under the lock."""
         more = {} if trial.parts else {"values": trial.values, "sampler": trial.sampler, "planned": trial.planned}
         self._add({"event": "begun", "trial": trial.number, "part": part, "by": _worker(), **more})
@@ -230,6 +231,13 @@ class Study:
     def ended(self, trial: SweepTrial, part: TrialPart, outcome: Outcome) -> None:
         """Add to the journal how a part of a trial ended; under the lock."""
         self._add({"event": "ended", "trial": trial.number, "part": part, "by": _worker(), **asdict(outcome)})
+
+    def again(self) -> None:
+        """Let the trials that failed for lack of memory or disk begin again."""
+        with self.locked() as known:
+            for trial in known:
+                if trial.last.state == "failed" and trial.last.lack:
+                    self.begun(trial, list(trial.parts)[-1])
 
     def _add(self, event: Mapping[str, Any]) -> None:
         line = (json.dumps(event) + "\n").encode()

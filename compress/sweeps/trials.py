@@ -13,12 +13,13 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from compress.checkpoint.open import open_headers
-from compress.errors import EXIT_GATE_FAILED, EXIT_INCONCLUSIVE, EXIT_OK, CompressError
+from compress.errors import EXIT_GATE_FAILED, EXIT_INCONCLUSIVE, EXIT_OK, EXIT_RESOURCES, CompressError
 from compress.evaluation.tasks import task_of
 from compress.files import remove, write_atomically
 from compress.pipeline.preflight import planned_gates
 from compress.pipeline.shared import SharedWork
 from compress.planning import Plan, make_plan, opened_size
+from compress.recipe.gates import metric_of
 from compress.recipe.resolve import to_yaml
 from compress.recipe.space import labels
 from compress.settings import as_written
@@ -93,14 +94,14 @@ class TrialRuns:
 
     def hopeless(self, trial: SweepTrial, plan: Plan, others: Sequence[SweepTrial]) -> Outcome | None:
         """Why a trial need not run: its planned bytes break a gate, or another trial is better whatever it measures."""
-        goals = self.study.search.sweep.goals
+        sweep = self.study.search.sweep
         judged = planned_gates(self.study.search.trial(trial.values), plan)
         if failed := [gate for gate in judged if gate.verdict == "fail"]:
             beyond = excess([gate.to_dict() for gate in failed])
             return Outcome("pruned", excess=beyond, message=f"by its plan {failed[0].gate} fails: {failed[0].text}")
-        best = losses(planned(plan, goals), goals)
+        best = losses(planned(plan, sweep), sweep)
         for other in others:
-            if other.first.feasible and dominates(losses(other.first.goals, goals), best):
+            if other.first.feasible and dominates(losses(other.first.goals, sweep), best):
                 return Outcome("pruned", message=f"trial {other.number} is better, whatever this one measures")
         return None
 
@@ -108,7 +109,7 @@ class TrialRuns:
 
     def run(self, task: Claim) -> Outcome:
         """Run a part of a trial. A run that fails is an outcome too."""
-        trial, own, goals = task.trial, self.study.place(task.trial), self.study.search.sweep.goals
+        trial, own = task.trial, self.study.place(task.trial)
         clock = time.perf_counter()
         recipe = self._write_recipe(trial, task.part)
         status = self.runner(
@@ -117,7 +118,8 @@ class TrialRuns:
         seconds = round(time.perf_counter() - clock, 1)
         report = self._report(trial) if status in (EXIT_OK, EXIT_GATE_FAILED, EXIT_INCONCLUSIVE) else None
         if report is None:
-            return Outcome("failed", message=_last_words(own / "log.txt", status), seconds=seconds)
+            lack = status == EXIT_RESOURCES or status < 0
+            return Outcome("failed", message=_last_words(own / "log.txt", status), seconds=seconds, lack=lack)
         self._drop_last(trial, report)
         name = "report.json" if task.part == "full" else "proxy.json"
         write_atomically(own / name, self._report_path(trial).read_bytes())
@@ -125,7 +127,7 @@ class TrialRuns:
             "done",
             report["status"],
             excess(report["gates"]),
-            measured(report, goals),
+            measured(report, self.study.search.sweep),
             [{key: gate[key] for key in ("gate", "verdict", "text")} for gate in report["gates"]],
             seconds=seconds,
             reused=sum(stage["reused"] for stage in report["stages"]),
@@ -155,15 +157,27 @@ class TrialRuns:
         search = self.study.search
         made = search.mapping(trial.values)
         made["output"] = beside(self.output(trial), self.study.folder)
+        given = made.get("evaluate")
+        if given is None:
+            task = task_of(self.headers[0].structure.class_name)
+            given = [entry.name for entry in search.recipe.fitted(task).evaluate or ()]
+        entries = {entry if isinstance(entry, str) else next(iter(entry)): entry for entry in given}
         needed = needed_metrics(search.sweep.goals)
-        task = task_of(self.headers[0].structure.class_name)
-        given = [entry.name for entry in search.recipe.fitted(task).evaluate or ()]
-        if part == "proxy" and search.sweep.proxy is not None:
-            made["evaluate"] = needed
-            made.get("data", {}).get("evaluation", {})["max_documents"] = search.sweep.proxy.max_documents
-        elif missing := [name for name in needed if name not in given]:
-            made["evaluate"] = [*(made.get("evaluate") or given), *missing]
+        if part == "proxy":
+            read = {*needed, *(metric_of(gate) for gate in search.recipe.gates.given())}
+            entries = {name: entry for name, entry in entries.items() if name in read}
+            self._lessen(made.get("data"), entries)
+        made["evaluate"] = [*entries.values(), *(name for name in needed if name not in entries)]
         return made
+
+    def _lessen(self, data: Mapping[str, Any] | None, entries: Mapping[str, Any]) -> None:
+        """Change a recipe's evaluation to that of the proxy: fewer documents, also of tasks of lm-eval."""
+        proxy = self.study.search.sweep.proxy
+        assert proxy is not None
+        bounded = [(data["evaluation"], "max_documents")] if data and data.get("evaluation") else []
+        bounded += [(entries["lm_eval"]["lm_eval"], "limit")] if "lm_eval" in entries else []
+        for settings, key in bounded:
+            settings[key] = min(proxy.max_documents, settings.get(key) or proxy.max_documents)
 
     def _write_recipe(self, trial: SweepTrial, part: TrialPart) -> Path:
         path = self.study.place(trial) / ("recipe.yaml" if part == "full" else "proxy.yaml")

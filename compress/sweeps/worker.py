@@ -24,15 +24,20 @@ _SHARED = 4
 
 def work(trials: TrialRuns, progress: Progress) -> None:
     """Run trials until all are finished, by this process or another."""
-    study = trials.study
+    study, news, waits = trials.study, News(trials.study, progress), False
     while True:
         with study.locked() as known:
-            task = _next(trials, known, progress)
+            task = _next(trials, known, news)
         if task is None:
             return
         if task == "wait":
+            if not waits:
+                running = [str(trial.number) for trial in known if trial.running]
+                progress.message(f"waiting for other processes: trial{'s' * (len(running) > 1)} {', '.join(running)}")
+            waits = True
             time.sleep(_WAIT)
             continue
+        waits = False
         try:
             progress.stage(task.trial.number, study.search.trials, described(study, task.trial.values))
             outcome = trials.run(task)
@@ -40,14 +45,38 @@ def work(trials: TrialRuns, progress: Progress) -> None:
                 study.ended(task.trial, task.part, outcome)
                 known = study.trials()
                 _tidy(trials, known)
-            progress.message(told(study, known[task.trial.number - 1], known))
+            news.tell(known)
         finally:
             task.release()
 
 
-def _next(trials: TrialRuns, known: list[SweepTrial], progress: Progress) -> Claim | Literal["wait"] | None:
+class News:
+    """Tells once how each part of a trial ended, whoever ran it; not those that had ended before."""
+
+    def __init__(self, study: Study, progress: Progress) -> None:
+        self._study, self._progress = study, progress
+        self._told = {key for trial in study.trials() for key in _ends(trial)}
+        self.count = 0
+
+    def tell(self, known: Sequence[SweepTrial]) -> None:
+        """Tell what has ended since the last time."""
+        for trial in known:
+            new = _ends(trial) - self._told
+            self._told |= new
+            self.count += len(new)
+            if new and not trial.running:
+                self._progress.message(told(self._study, trial, known))
+
+
+def _ends(trial: SweepTrial) -> set[tuple[int, str]]:
+    """The parts of a trial that have ended."""
+    return {(trial.number, part) for part, outcome in trial.parts.items() if outcome.state != "running"}
+
+
+def _next(trials: TrialRuns, known: list[SweepTrial], news: News) -> Claim | Literal["wait"] | None:
     """The next work of this process: a lost part of a trial, a new trial, an evaluation in full, or nothing; under the lock."""
     study = trials.study
+    news.tell(known)
     for trial in known:
         if trial.running and (task := study.take(trial, "full" if "full" in trial.parts else "proxy")) is not None:
             return task
@@ -59,7 +88,7 @@ def _next(trials: TrialRuns, known: list[SweepTrial], progress: Progress) -> Cla
         study.ended(new, study.first_part, refused)
         task.release()
         known = study.trials()
-        progress.message(told(study, known[new.number - 1], known))
+        news.tell(known)
     if any(trial.running for trial in known):
         return "wait"
     for trial in candidates(study, known):
@@ -89,16 +118,23 @@ def _refused(trials: TrialRuns, trial: SweepTrial, known: Sequence[SweepTrial]) 
 
 def candidates(study: Study, trials: Sequence[SweepTrial]) -> list[SweepTrial]:
     """The front by the part that every trial begins with. A smaller evaluation leaves out only those whose gates failed."""
-    goals, proxy = study.search.sweep.goals, study.first_part == "proxy"
+    sweep, proxy = study.search.sweep, study.first_part == "proxy"
     judged = [t for t in trials if t.first.feasible or (proxy and t.first.verdict == "inconclusive")]
-    return [judged[i] for i in front([losses(trial.first.goals, goals) for trial in judged])]
+    return [judged[i] for i in front([losses(trial.first.goals, sweep) for trial in judged])]
+
+
+def unfinished(study: Study, known: Sequence[SweepTrial]) -> bool:
+    """Whether a trial is left, or a part of one."""
+    if any(trial.running for trial in known) or propose(study.search, known) is not None:
+        return True
+    return any("full" not in trial.parts for trial in candidates(study, known))
 
 
 def best(study: Study, trials: Sequence[SweepTrial]) -> list[SweepTrial]:
     """The front: trials that were evaluated in full, passed every gate, and that no other one beats in every goal."""
-    goals = study.search.sweep.goals
+    sweep = study.search.sweep
     judged = [t for t in trials if "full" in t.parts and t.parts["full"].feasible]
-    return [judged[i] for i in front([losses(trial.parts["full"].goals, goals) for trial in judged])]
+    return [judged[i] for i in front([losses(trial.parts["full"].goals, sweep) for trial in judged])]
 
 
 def _tidy(trials: TrialRuns, known: list[SweepTrial]) -> None:

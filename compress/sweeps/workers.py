@@ -10,16 +10,17 @@ from collections.abc import Iterator, Sequence
 from importlib.util import find_spec
 from typing import Any
 
-from compress.errors import CompressError
+from compress.errors import EXIT_GATE_FAILED, EXIT_INCONCLUSIVE, EXIT_OK, CompressError
 from compress.progress import Progress
 from compress.recipe.nodes import parse
 from compress.recipe.problems import Origin, Problem, plain
 from compress.sweeps.study import Study
-from compress.sweeps.worker import told
+from compress.sweeps.worker import News, unfinished
 
 #: Seconds between two looks at jobs.
 _WAIT = 2.0
 _CLUSTERS = ("slurm", "local")
+_VERDICTS = (EXIT_OK, EXIT_GATE_FAILED, EXIT_INCONCLUSIVE)
 
 
 def _command(study: Study) -> list[str]:
@@ -27,12 +28,12 @@ def _command(study: Study) -> list[str]:
 
 
 @contextlib.contextmanager
-def beside(study: Study, count: int) -> Iterator[None]:
+def beside(study: Study, count: int, progress: Progress) -> Iterator[None]:
     """Context in which so many other processes of this machine take part. They end when no trial is left."""
-    processes = []
+    processes, logs = [], [study.path / f"worker-{number}.log" for number in range(1, count + 1)]
     try:
-        for number in range(1, count + 1):
-            with (study.path / f"worker-{number}.log").open("ab") as log:
+        for path in logs:
+            with path.open("wb") as log:
                 process = subprocess.Popen(
                     _command(study), cwd=study.folder, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=log
                 )
@@ -43,8 +44,9 @@ def beside(study: Study, count: int) -> Iterator[None]:
             process.terminate()
         raise
     finally:
-        for process in processes:
-            process.wait()
+        for process, path in zip(processes, logs, strict=False):
+            if process.wait() not in _VERDICTS and (words := last_line(path.read_text(errors="replace"))):
+                progress.message(f"{path.name}: {words}")
 
 
 def check_submit(submit: str | None, options: Sequence[str]) -> dict[str, Any]:
@@ -83,14 +85,11 @@ def run_jobs(study: Study, count: int, cluster: str, options: dict[str, Any], pr
     except (RuntimeError, NameError, TypeError, ValueError, OSError) as error:
         raise CompressError(f"submitit: {str(error).splitlines()[0]}", where="--submit") from None
     progress.message(f"{count} job{'s' if count > 1 else ''} of {cluster}: {', '.join(job.job_id for job in jobs)}")
-    seen: set[tuple[int, int]] = set()
+    news = News(study, progress)
     try:
         while True:
             ended = all(job.done() for job in jobs)
-            for trial in (known := study.trials()):
-                if not trial.running and (key := (trial.number, len(trial.parts))) not in seen:
-                    seen.add(key)
-                    progress.message(told(study, trial, known))
+            news.tell(study.trials())
             if ended:
                 break
             time.sleep(_WAIT)
@@ -98,11 +97,13 @@ def run_jobs(study: Study, count: int, cluster: str, options: dict[str, Any], pr
         for job in jobs:
             job.cancel()
         raise
-    if not seen and (log := _log(jobs[0])):
-        raise CompressError(f"the jobs ended without a trial: {log}", where=str(study.path / "jobs"))
+    if not unfinished(study, study.trials()):
+        return
+    if not news.count and (words := last_line(jobs[0].stderr() or "")):
+        raise CompressError(f"the jobs ended without a trial: {words}", where=str(study.path / "jobs"))
+    progress.message("the jobs have ended before all trials; the same command goes on")
 
 
-def _log(job: Any) -> str:
-    """The last line that a job wrote about an error."""
-    text = job.stderr() or ""
+def last_line(text: str) -> str:
+    """The last line that is not empty."""
     return next((line.strip() for line in reversed(text.splitlines()) if line.strip()), "")

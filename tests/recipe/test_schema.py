@@ -15,6 +15,7 @@ from compress import passes
 from compress.recipe import load_recipe, recipe_schema, resolved
 from compress.recipe.nodes import parse
 from compress.recipe.problems import Origin, plain
+from tests.conftest import ROOT
 
 
 @pytest.fixture(scope="module")
@@ -73,4 +74,47 @@ def test_recipe_schema_has_every_pass() -> None:
     listed = recipe_schema()["properties"]["passes"]["items"]["oneOf"]
     # what has a default for every setting may also be named alone
     entries = [entry.get("anyOf", [entry])[0] for entry in listed]
-    assert [next(iter(entry["properties"])) for entry in entries] == passes.names()
+    assert [next(iter(entry["properties"])) for entry in entries] == [*passes.names(), "search"]
+
+
+SWEEP = GOOD.replace("bf16", "{search: [int8, int4]}") + "sweep: {minimize: [size]}\n"
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "recipes").rglob("*.yaml")), ids=lambda path: path.stem)
+def test_recipe_schema_accepts_shipped_recipes(validator: Any, path: Path) -> None:
+    validator.validate(values(path.read_text()))
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        SWEEP,
+        SWEEP + "seed: {search: [1, 2, 3]}\nstore: {search: [stock, compact]}\n",
+        GOOD.replace("bf16", "int4, group_size: {search: {choices: [32, 64]}}"),
+        GOOD.replace("bf16", "int4, bits: {search: {from: 2, to: 4, step: 0.5}}"),
+        GOOD.replace("bf16", "int4, optional: true"),
+        GOOD.replace("cast: {weights: bf16}", "search: [{cast: {weights: bf16}}, null]"),
+        "model: m\noutput: o\nfit: {max_bytes: 200MB}\n",
+    ],
+)
+def test_recipe_schema_accepts_values_to_search(validator: Any, text: str) -> None:
+    validator.validate(values(text))
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        SWEEP.replace("int4", "int9"),
+        SWEEP.replace("search:", "serach:"),
+        SWEEP.replace("minimize", "minimise"),
+        SWEEP.replace("[size]", "[sise]"),
+        SWEEP.replace("[int8, int4]", "{from: 2, to: 4}"),
+        SWEEP.replace("cast: {", "search: [{quantize: {"). replace("}}", "}}, null]"),
+        GOOD.replace("bf16", "int4, bits: {search: {from: 2, til: 4}}"),
+        GOOD.replace("bf16", "int4, optional: maybe"),
+        GOOD + "output: {search: [a, b]}\n",
+        "model: m\noutput: o\nfit: {max_byte: 200MB}\n",
+    ],
+)
+def test_recipe_schema_rejects_wrong_searches(validator: Any, text: str) -> None:
+    assert not validator.is_valid(values(text))

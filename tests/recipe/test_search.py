@@ -79,6 +79,8 @@ WRONG = {
     "sweep.minimize=[agreement]": "agreement: higher is better",
     "sweep.minimize=[]": "a sweep needs a goal",
     "sweep.subject_to={kl: {min: 2}}": "unknown key `min` in sweep.subject_to.kl",
+    "sweep.maximize=[accuracy]": "the goal accuracy is measured on text with labels",
+    "data.evaluation=null": "the goal kl needs evaluation text, and there is no `data.evaluation`",
     "sweep.sampler=random": "expected grid, tpe or nsga2",
 }
 

@@ -10,8 +10,10 @@ from collections import Counter
 
 import pytest
 
+from compress.sweeps.run import run_sweep
 from tests import processes
 from tests.conftest import ROOT
+from tests.sweeps.conftest import in_process
 
 pytestmark = pytest.mark.slow
 
@@ -93,10 +95,11 @@ def command(*arguments, **options):
     )
 
 
-def recipe(sweep, tmp_path):
+def recipe(sweep, tmp_path, sparsity="50%"):
     mapping = sweep(tmp_path)
-    mapping["passes"][0]["prune_unstructured"]["sparsity"] = "50%"
+    mapping["passes"][0]["prune_unstructured"]["sparsity"] = sparsity
     mapping["passes"][1]["cast"]["weights"] = {"search": ["int8", "int4"]}
+    mapping["threads"] = 1
     path = tmp_path / "sweep.json"
     path.write_text(json.dumps(mapping))
     return path
@@ -115,10 +118,19 @@ def test_command_runs_each_trial_as_a_process(sweep, tmp_path):
     assert again.stdout.startswith("nothing to do: "), again.stderr
 
 
-def test_jobs_of_submitit_take_part(sweep, tmp_path):
-    pytest.importorskip("submitit")
-    done = command(recipe(sweep, tmp_path), "--submit", "local", "--json")
+@pytest.mark.parametrize("options", [(), ("--submit", "local")], ids=["processes", "jobs"])
+def test_two_workers_end_with_the_front_of_one(sweep, tmp_path, options):
+    if options:
+        pytest.importorskip("submitit")
+    path = recipe(sweep, tmp_path, {"search": ["30%", "50%"]})
+    done = command(path, "--workers", 2, *options, "--json")
     assert done.returncode == 0, done.stderr
-    assert [trial["state"] for trial in json.loads(done.stdout)["trials"]] == ["done", "done"]
-    workers = {event["by"] for event in events(tmp_path / "out.sweep")}
-    assert len(workers) == 1
+    made = json.loads(done.stdout)
+    assert [trial["state"] for trial in made["trials"]] == ["done"] * 4
+    begun = [event for event in events(tmp_path / "out.sweep") if event["event"] == "begun"]
+    assert sorted(event["trial"] for event in begun) == [1, 2, 3, 4]
+    assert len({event["by"] for event in begun}) == 2
+    assert all(f"trial {number} of 4 (" in done.stderr for number in range(1, 5))
+    alone = run_sweep({**json.loads(path.read_text()), "output": str(tmp_path / "alone")}, runner=in_process)
+    assert made["front"] == alone["front"]
+    assert [t["goals"] for t in made["trials"]] == [t["goals"] for t in alone["trials"]]

@@ -91,6 +91,20 @@ def test_failing_trial_does_not_end_a_sweep(sweep, imagined, tmp_path):
     assert made["front"]
 
 
+def test_trial_that_failed_for_lack_of_memory_is_tried_again(sweep, imagined, tmp_path):
+    runner, lacking = imagined(size, kl), imagined(size, kl)
+
+    def full(recipe, **options):
+        return 4 if "int4" in recipe.read_text() else 2 if "int3" in recipe.read_text() else lacking(recipe, **options)
+
+    made = run_sweep(sweep(tmp_path), runner=full)
+    assert [trial["lack"] for trial in made["trials"]] == [False, True, False] * 3
+    assert "3 trials failed for lack of memory or disk, or by a kill; the same command tries again" in notes(made)
+    again = run_sweep(sweep(tmp_path), runner=runner)
+    assert [given["weights"] for given in runner.recipes] == ["int4"] * 3
+    assert [trial["state"] for trial in again["trials"]] == ["done", "done", "failed"] * 3
+
+
 def test_sweep_without_any_trial_that_ends(sweep, imagined, tmp_path):
     made = run_sweep(sweep(tmp_path, trials=1), runner=lambda recipe, **options: -9)
     assert made["trials"][0]["message"] == "ended by signal 9; often a lack of memory"
