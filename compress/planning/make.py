@@ -20,8 +20,8 @@ from compress.passes.base import EDITS, accepted_values, chosen_by_effort
 from compress.planning.plan import Plan, PlannedPass, PlannedStage
 from compress.planning.sizes import opened_size, planned_size, size_in_other
 from compress.recipe.gates import metric_of
-from compress.recipe.sweep import DIRECTIONS, metric_of_goal
 from compress.recipe.sizes import cache_lengths, data_sizes
+from compress.recipe.sweep import DIRECTIONS, metric_of_goal
 from compress.recipe.work import work_beside
 from compress.spec.spec import Edit, Spec
 from compress.work import with_writing

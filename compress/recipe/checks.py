@@ -80,7 +80,8 @@ def lacking_data(root: MapNode, values: dict[str, Any]) -> Iterator[Problem]:
 def _goals(values: Mapping[str, Any]) -> Iterator[tuple[tuple[str | int, ...], str]]:
     """The goals of a sweep, each with its path."""
     section = values.get("sweep")
-    for key in DIRECTIONS if isinstance(section, dict) else ():
+    section = section if isinstance(section, dict) else {}
+    for key in DIRECTIONS:
         listed = section.get(key)
         for i, goal in enumerate(listed if isinstance(listed, list) else []):
             if isinstance(goal, str):
@@ -107,7 +108,7 @@ def lengths_not_measured(root: MapNode, recipe: Recipe) -> Iterator[Problem]:
 
 
 def tasks_not_measured(root: MapNode, recipe: Recipe) -> Iterator[Problem]:
-    """A problem for each gate or goal on a task of lm-eval that the recipe does not measure, where no file could hold the task."""
+    """A problem for each gate or goal on a task of lm-eval that is not measured, where no file could hold the task."""
     settings = recipe.settings_of("lm_eval") if "lm_eval" in recipe.metrics else None
     measured: tuple[str, ...] = getattr(settings, "tasks", ())
     goals = [(path, goal) for path, goal in _goals(plain(root)) if goal.startswith(OF_TASKS)]

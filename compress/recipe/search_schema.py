@@ -56,9 +56,7 @@ def referenced(definitions: dict[str, Any], root: Any) -> list[str]:
     return [name for name in definitions if name in names]
 
 
-def _searched(
-    definitions: dict[str, Any], fields: dict[str, Any], key: str, place: str, known: dict[str, str]
-) -> None:
+def _searched(definitions: dict[str, Any], fields: dict[str, Any], key: str, place: str, known: dict[str, str]) -> None:
     """Let the value of a key be searched. ``known``: what a value is restricted to ▶ definition of its search."""
     field = fields[key]
     value = {name: each for name, each in field.items() if name not in _WORDS}

@@ -82,7 +82,9 @@ def _of_task(report: Mapping[str, Any], goal: str, sweep: Sweep, resampling: Res
     before, after = (report[side]["lm_eval"]["tasks"] for side in ("original", "result"))
     task, named = task_of_goal(goal, after)
     if task not in after:
-        raise CompressError(f"lm-eval has measured {', '.join(after)}", where=f"the goal {goal}", fix="name one of them")
+        raise CompressError(
+            f"lm-eval has measured {', '.join(after)}", where=f"the goal {goal}", fix="name one of them"
+        )
     try:
         metric = metric_of_task(after[task], named, goal)
         change = task_change(before[task], after[task], metric, resampling)

@@ -109,10 +109,10 @@ def test_recipe_schema_accepts_values_to_search(validator: Any, text: str) -> No
         SWEEP.replace("minimize", "minimise"),
         SWEEP.replace("[size]", "[sise]"),
         SWEEP.replace("[int8, int4]", "{from: 2, to: 4}"),
-        SWEEP.replace("cast: {", "search: [{quantize: {"). replace("}}", "}}, null]"),
+        GOOD.replace("cast: {weights: bf16}", "search: [{quantize: {weights: int4}}, null]"),
         GOOD.replace("bf16", "int4, bits: {search: {from: 2, til: 4}}"),
         GOOD.replace("bf16", "int4, optional: maybe"),
-        GOOD + "output: {search: [a, b]}\n",
+        GOOD.replace("output: out", "output: {search: [a, b]}"),
         "model: m\noutput: o\nfit: {max_byte: 200MB}\n",
     ],
 )

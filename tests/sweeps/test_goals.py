@@ -49,7 +49,10 @@ def test_interval_of_a_task_is_that_of_the_paired_difference():
 @pytest.mark.parametrize(
     ("section", "message"),
     [
-        ({"minimize": ["lm_eval.arc.easy.acc"]}, "goal lm_eval.arc.easy.acc: of acc more is better; write it in `maximize`"),
+        (
+            {"minimize": ["lm_eval.arc.easy.acc"]},
+            "goal lm_eval.arc.easy.acc: of acc more is better; write it in `maximize`",
+        ),
         ({"maximize": ["lm_eval.boolq"]}, "the goal lm_eval.boolq: lm-eval has measured arc.easy; name one of them"),
         ({"maximize": ["lm_eval.arc.easy.f1"]}, "needs the metric f1; the task has acc"),
     ],
@@ -78,9 +81,15 @@ def with_tasks(sweep, tmp_path):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"maximize": ["lm_eval.arc_hard"]}, "the goal lm_eval.arc_hard needs the task arc_hard, which is not measured"),
+        (
+            {"maximize": ["lm_eval.arc_hard"]},
+            "the goal lm_eval.arc_hard needs the task arc_hard, which is not measured",
+        ),
         ({"maximize": ["lm_eval"]}, "name the task: `lm_eval.arc_easy`"),
-        ({"minimize": ["lm_eval.arc_easy"], "maximize": ["lm_eval.arc_easy"]}, "is named in `minimize` and in `maximize`"),
+        (
+            {"minimize": ["lm_eval.arc_easy"], "maximize": ["lm_eval.arc_easy"]},
+            "is named in `minimize` and in `maximize`",
+        ),
     ],
 )
 def test_goal_on_a_task_is_refused(with_tasks, changes, message):
