@@ -50,6 +50,18 @@ def notes(sweep: Mapping[str, Any]) -> list[str]:
     return made
 
 
+def failures(sweep: Mapping[str, Any]) -> list[str]:
+    """A line for each reason for which trials failed, with their numbers."""
+    by_reason: dict[str, list[str]] = {}
+    for trial in sweep["trials"]:
+        if trial["state"] == "failed":
+            by_reason.setdefault(trial["message"], []).append(str(trial["number"]))
+    return [
+        f"trial{'s' if len(numbers) > 1 else ''} {', '.join(numbers)} failed: {reason}"
+        for reason, numbers in by_reason.items()
+    ]
+
+
 def _has_intervals(sweep: Mapping[str, Any]) -> bool:
     return any(len(set(values)) > 1 for trial in sweep["trials"] for values in trial["goals"].values())
 

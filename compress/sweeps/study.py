@@ -233,10 +233,11 @@ class Study:
         self._add({"event": "ended", "trial": trial.number, "part": part, "by": _worker(), **asdict(outcome)})
 
     def again(self) -> None:
-        """Let the trials that failed for lack of memory or disk begin again."""
+        """Let the trials begin again that failed for lack of memory or disk; all that ran, where none did anything else."""
         with self.locked() as known:
+            every = all(trial.last.state == "failed" for trial in known)
             for trial in known:
-                if trial.last.state == "failed" and trial.last.lack:
+                if trial.last.state == "failed" and (trial.last.lack or (every and trial.last.seconds)):
                     self.begun(trial, list(trial.parts)[-1])
 
     def _add(self, event: Mapping[str, Any]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Sequence
 from typing import Literal
@@ -18,6 +19,8 @@ from compress.sweeps.trials import TrialRuns, described
 
 #: Seconds between two looks at what others have finished.
 _WAIT = 0.5
+#: So many first trials that fail for one reason end a sweep.
+_ALIKE = 3
 #: Without `max_disk`, bytes of shared stages as a multiple of the original's.
 _SHARED = 4
 
@@ -80,6 +83,7 @@ def _next(trials: TrialRuns, known: list[SweepTrial], news: News) -> Claim | Lit
     for trial in known:
         if trial.running and (task := study.take(trial, "full" if "full" in trial.parts else "proxy")) is not None:
             return task
+    check_alike(known)
     while (new := propose(study.search, known)) is not None:
         refused = _refused(trials, new, known)
         if (task := _begun(study, new, study.first_part)) and refused is None:
@@ -95,6 +99,17 @@ def _next(trials: TrialRuns, known: list[SweepTrial], news: News) -> Claim | Lit
         if "full" not in trial.parts:
             return _begun(study, trial, "full")
     return None
+
+
+def check_alike(known: Sequence[SweepTrial]) -> None:
+    """Raise `CompressError` if the first trials that ran failed for one reason: the others would too."""
+    ended = [trial.last for trial in known if trial.last.seconds]
+    if len(ended) < _ALIKE or any(outcome.state != "failed" for outcome in ended):
+        return
+    if len({re.sub(r"\d+", "", outcome.message or "") for outcome in ended[:_ALIKE]}) == 1:
+        raise CompressError(
+            f"the first {_ALIKE} trials failed: {ended[0].message}", fix="the same command tries them again"
+        )
 
 
 def _begun(study: Study, trial: SweepTrial, part: TrialPart) -> Claim:

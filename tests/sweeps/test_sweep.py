@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import shutil
+import time
 
 import pytest
 
@@ -103,6 +104,20 @@ def test_trial_that_failed_for_lack_of_memory_is_tried_again(sweep, imagined, tm
     again = run_sweep(sweep(tmp_path), runner=runner)
     assert [given["weights"] for given in runner.recipes] == ["int4"] * 3
     assert [trial["state"] for trial in again["trials"]] == ["done", "done", "failed"] * 3
+
+
+def test_first_trials_that_fail_alike_end_a_sweep(sweep, imagined, tmp_path):
+    runner = imagined(size, kl)
+
+    def failing(recipe, **options):
+        options["log"].write_text(f"compress: {recipe.parent.name}: no text\n")
+        time.sleep(0.1)
+        return 2
+
+    with pytest.raises(CompressError, match="the first 3 trials failed: 0001: no text; the same command tries them"):
+        run_sweep(sweep(tmp_path), runner=failing)
+    assert {trial["state"] for trial in run_sweep(sweep(tmp_path), runner=runner)["trials"]} == {"done"}
+    assert len(runner.recipes) == 9
 
 
 def test_sweep_without_any_trial_that_ends(sweep, imagined, tmp_path):

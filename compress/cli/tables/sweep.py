@@ -6,10 +6,10 @@ from collections.abc import Mapping
 from typing import Any
 
 from compress.cli.tables.layout import STYLES, make_console, print_line, print_table
-from compress.sweeps.figures import front_cells, front_columns, notes, summary
+from compress.sweeps.figures import failures, front_cells, front_columns, notes, summary
 from compress.tabular import Column
 
-#: Words of a command, of trials that failed, that are shown.
+#: Reasons of failed trials that are shown.
 _FAILED = 3
 
 
@@ -24,11 +24,11 @@ def print_sweep(document: Mapping[str, Any]) -> None:
         print_table(console, None, columns, rows)
     for note in notes(document):
         print_line(console, note, "dim")
-    failed = [trial for trial in document["trials"] if trial["state"] == "failed"]
-    for trial in failed[:_FAILED]:
-        print_line(console, f"trial {trial['number']} failed: {trial['message']}", "yellow", whole=True)
-    if len(failed) > _FAILED:
-        print_line(console, f"… and {len(failed) - _FAILED} more failed", "yellow")
+    reasons = failures(document)
+    for line in reasons[:_FAILED]:
+        print_line(console, line, "yellow", whole=True)
+    if len(reasons) > _FAILED:
+        print_line(console, f"… and {len(reasons) - _FAILED} more reasons; the page has every trial", "yellow")
     print_line(console, f"page: {document['folder']}/sweep.html (and .json)", "dim", whole=True)
     if document["front"]:
         print_line(console, f"recipes of the front: {document['folder']}/front/", whole=True)
