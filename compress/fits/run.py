@@ -14,10 +14,13 @@ from compress.errors import CompressError, DataError
 from compress.evaluation.tasks import LANGUAGE, task_of
 from compress.files import place, write_atomically, write_record
 from compress.fits.families import Making, text
+from compress.fits.forecast import search_times
+from compress.fits.page import render_fit
 from compress.fits.rank import Ranked
 from compress.fits.search import PlannedBytes, Search
 from compress.fits.trials import TrialRunner, Tried
 from compress.formatting import format_bytes
+from compress.passes.work import SampleSize
 from compress.pipeline.datasets import DataSets
 from compress.pipeline.fingerprint import hash_input
 from compress.pipeline.folder import RunFolder
@@ -90,7 +93,10 @@ def fit(
         trials, samples = _trials(recipe, original, mapping, folder.path)
         sizes = PlannedBytes(original.spec, recipe.store, recipe.max_shard_size)
         search = Search(most, settings, sizes, trials, samples, progress)
+        search.require_possible()
         progress.message(f"{format_bytes(before)} ▶ at most {format_bytes(most)}; trials are kept in {folder.path}")
+        if (times := search_times(search, recipe.device, recipe.dtype)) is not None:
+            progress.message(times.text)
         ranking = search.measure()
         done = search.final(ranking)
         best = done[0][0]
@@ -99,6 +105,7 @@ def fit(
         write_atomically(file, to_yaml(made).encode())
         document = _document(search, ranking, done, made, before, time.perf_counter() - start)
         write_record(folder.path / "fit.json", document["schema"], document)
+        write_atomically(folder.path / "fit.html", render_fit(document, to_yaml(made)).encode())
         took = minutes_text(time.perf_counter() - start)
         progress.message(
             f"✓ search: {took}, {trials.made} trials; {text(best.choice, original.spec)}, {best.bits:.2f} bits"
@@ -149,7 +156,8 @@ def _trials(recipe: Recipe, original: Stored, mapping: Mapping[str, Any], path: 
     identity = hash_input(original, path / "inputs.json") + data.fingerprint("calibration")
     identity += data.fingerprint("training") if recipe.data.training is not None else ""
     base = {key: mapping[key] for key in _OF_TRIALS if key in mapping}
-    return TrialRunner(path, base, identity, file, resolve_device(recipe.device)), len(ids) - held
+    held_out = SampleSize(held, ids.shape[1])
+    return TrialRunner(path, base, identity, file, resolve_device(recipe.device), held_out), len(ids) - held
 
 
 def _recipe(mapping: Mapping[str, Any], search: Search, best: Ranked, recipe: Recipe) -> dict[str, Any]:
@@ -177,12 +185,16 @@ def _document(
     best = done[0][0]
     return {
         "schema": "compress.fit/1",
+        "model": str(made["model"]),
         "original": before,
         "bound": search.most,
         "seconds": round(seconds, 1),
         "trials": search.trials.made,
-        "bits": [list(point) for point in search.curve.points],
-        "families": {f: [[amount, cost] for amount, cost in costs.items()] for f, costs in search.costs.items()},
+        "bits": [[bits, cost, search.alone({}, bits)] for bits, cost in search.curve.points],
+        "families": {
+            f: [[amount, cost, search.alone({f: amount})] for amount, cost in costs.items()]
+            for f, costs in search.costs.items()
+        },
         "left_out": dict(search.left_out),
         "ranked": [_row(one) for one in ranking[:20]],
         "finalists": [

@@ -136,9 +136,8 @@ class Search:
         """Measure bits and families, and rank the combinations that keep the bound.
 
         Raises:
-            CompressError: none can; it least_text what the smallest takes.
+            CompressError: none can; it names what the smallest takes.
         """
-        self._possible()
         self._measure_bits()
         for family in sorted(self.settings.families, key=lambda f: f != "embeddings"):
             self._measure_family(family)
@@ -146,6 +145,25 @@ class Search:
         if not ranking:
             raise self._hopeless()
         return ranking
+
+    def ahead(self, *, every: bool) -> list[tuple[list[dict[str, Any]], int]]:
+        """Trials that the search can make, as passes and number of samples, those of finalists last.
+
+        Args:
+            every: with all amounts of each family, in place of the least alone.
+        """
+        few = min(self.samples, _SAMPLES)
+        trials = [([{"cast": {"weights": name, "effort": "fast"}}], few) for name in LADDER]
+        least: dict[FamilyName, Concession] = {}
+        for family in self.settings.families:
+            possible = [a for a in amounts(family, self.spec) if self.sizes.weights({family: a}) is not None]
+            if not possible:
+                continue
+            least |= {family: possible[0]} if self.sizes.weights({**least, family: possible[0]}) is not None else {}
+            trials += [(self._alone(family, amount), few) for amount in (possible if every else possible[:1])]
+        making = Making("fast", self.settings.tokens)
+        whole = [*making.smaller(least if every else {}), making.cast({}, (), {"max_bytes": self.most})]
+        return [*trials, *[(whole, self.samples)] * self.settings.finalists]
 
     def final(self, ranking: Sequence[Ranked]) -> list[tuple[Ranked, Tried]]:
         """The finalists, tried whole, the best first."""
@@ -171,6 +189,12 @@ class Search:
             return smaller
         return [*smaller, making.cast(choice, tables(self.spec), {"max_bytes": self.most})]
 
+    def alone(self, choice: Choice, bits: float | None = None) -> int:
+        """Bytes of a combination with so many bits per weight; None for the original's floats."""
+        weights = self.sizes.weights(choice)
+        assert weights is not None
+        return weights.bytes(_float_bits(self.spec) if bits is None else bits)
+
     def paid(self, choice: Choice) -> list[dict[str, Any]]:
         """The price of each family of a combination: its amount, bytes at the combination's bits, and divergence."""
         weights = self.sizes.weights(choice)
@@ -183,11 +207,12 @@ class Search:
             assert without is not None
             spared = without.bytes(bits) - weights.bytes(bits)
             rows.append({"family": family, "amount": amount, "bytes": spared, "divergence": self.costs[family][amount]})
-        dense = weights.beside + weights.cast * _float_bits(self.spec) // 8
+        dense = self.alone({f: a for f, a in choice.items() if f != "sparsity"})
         rows.append({"family": "bits", "amount": bits, "bytes": dense - self.most, "divergence": self.curve.at(bits)})
         return rows
 
-    def _possible(self) -> None:
+    def require_possible(self) -> None:
+        """Raise `CompressError` if no combination keeps the bound; it names the least that the families reach."""
         least = min(filter(None, (self.sizes.least(c) for c in self._extremes())), default=None)
         if least is None or least > self.most:
             raise self._hopeless()

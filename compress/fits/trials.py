@@ -14,6 +14,7 @@ from typing import Any
 
 from compress.errors import CompressError, ResourceError
 from compress.files import read_record, remove, write_record
+from compress.passes.work import SampleSize
 from compress.pipeline.fingerprint import fingerprint, versions
 
 _TRIAL = "compress.fit.trial/1"
@@ -45,7 +46,7 @@ class TrialRunner:
     Attributes:
         path: folder of the search. base: the recipe's keys but passes and output. identity: of the model and the samples.
         samples: file of token ids, `calibration` and `held_out`. device: of the computation.
-        made: number of trials that were not read.
+        held_out: number and length of the samples that trials are measured on. made: number of trials that were not read.
     """
 
     path: Path
@@ -53,6 +54,7 @@ class TrialRunner:
     identity: str
     samples: Path
     device: str
+    held_out: SampleSize
     made: int = 0
 
     def run(self, passes: list[dict[str, Any]], count: int) -> Tried:
@@ -61,16 +63,29 @@ class TrialRunner:
         Raises:
             ResourceError: the process was killed or ran out of memory. CompressError: it ended in another way.
         """
-        key = fingerprint([self.identity, passes, count, versions()])[:24]
-        record = self.path / "trials" / f"{key}.json"
+        record = self._record(passes, count)
         if (known := read_record(record, _TRIAL)) is None:
-            known = self._run(passes, count, key)
+            known = self._run(passes, count, record.stem)
             record.parent.mkdir(parents=True, exist_ok=True)
             write_record(record, _TRIAL, known)
             self.made += 1
         if "refused" in known:
             return Tried(0, (), known["seconds"], known["refused"])
         return Tried(known["bytes"], tuple(known["divergences"]), known["seconds"])
+
+    def measured(self, passes: list[dict[str, Any]], count: int) -> bool:
+        """Whether an earlier search has run this trial."""
+        return self._record(passes, count).exists()
+
+    def recipe(self, passes: list[dict[str, Any]], count: int, output: Path) -> dict[str, Any]:
+        """The keys of a trial's recipe."""
+        data = {k: v for k, v in self.base["data"].items() if k == "training"}
+        data["calibration"] = {"files": [str(self.samples)], "field": "calibration", "samples": count}
+        return {**self.base, "data": data, "passes": passes, "output": str(output), "evaluate": []}
+
+    def _record(self, passes: list[dict[str, Any]], count: int) -> Path:
+        key = fingerprint([self.identity, passes, count, versions()])[:24]
+        return self.path / "trials" / f"{key}.json"
 
     def _run(self, passes: list[dict[str, Any]], count: int, key: str) -> dict[str, Any]:
         work = self.path / "work" / key
@@ -79,9 +94,7 @@ class TrialRunner:
                 remove(other)
         work.mkdir(parents=True, exist_ok=True)
         job, result = work / "job.json", work / "result.json"
-        data = {k: v for k, v in self.base["data"].items() if k == "training"}
-        data["calibration"] = {"files": [str(self.samples)], "field": "calibration", "samples": count}
-        recipe = {**self.base, "data": data, "passes": passes, "output": str(work / "out"), "evaluate": []}
+        recipe = self.recipe(passes, count, work / "out")
         job.write_text(json.dumps({"recipe": recipe, "samples": str(self.samples), "device": self.device}))
         result.unlink(missing_ok=True)
         done = subprocess.Popen(

@@ -9,6 +9,7 @@ import torch
 
 from compress.architectures.model_map import ModelMap, model_map
 from compress.blockwise.block import Block
+from compress.blockwise.hessians import tensor_cores
 from compress.blockwise.linears import TargetLinear, expert_linears, first_value, group_linears
 from compress.blockwise.memory_budget import PROBE_BYTES
 from compress.blockwise.probe import ProbeFn
@@ -25,6 +26,8 @@ from compress.solvers.memory import parts_of
 from compress.solvers.quant_format import dequantize, fit, to_codes
 from compress.spec.formats import QuantFormat
 
+#: Rows of a matrix, at least, that tell the squared error of an option beside that of another one.
+_ROWS = 64
 #: Samples that are enough to rank matrices by.
 SAMPLES = 32
 #: A layer and its weights [O, I] ▶ the change ΔW [O, I] of each choice.
@@ -34,8 +37,7 @@ WeightDeltas = Callable[[TargetLinear, torch.Tensor], Mapping[str, torch.Tensor]
 class RoundingDelta:
     """The change of rounding to the nearest codes, as `WeightDeltas`.
 
-    Of options that differ only in the size of groups one is measured; the divergence of the others is its divergence, scaled
-    by the squared error of the weights.
+    One of some options is measured; the divergence of the others is its divergence, scaled by the squared error of some rows.
     """
 
     def __init__(self, quant_formats: Callable[[str, str], QuantFormat], options: Mapping[str, str]) -> None:
@@ -46,20 +48,29 @@ class RoundingDelta:
     def __call__(self, linear: TargetLinear, W_OI: torch.Tensor) -> dict[str, torch.Tensor]:
         """ΔW of the options to measure, bfloat16."""
         deltas, errors = {}, self.errors.setdefault(linear.tensor, {})
-        for option in self.options:
+        some = W_OI[:: max(1, len(W_OI) // _ROWS)]
+        for option, measured in self.options.items():
             quant_format = self.quant_formats(linear.tensor, option)
-            change = dequantize(to_codes(W_OI, quant_format, fit(W_OI, quant_format), torch.float32)).float() - W_OI
-            errors[option] = errors.get(option, 1e-30) + float(change.square().sum())
-            if option in self.options.values():
-                deltas[option] = change.to(torch.bfloat16)
+            if option == measured:
+                deltas[option] = _rounding_error(W_OI, quant_format).to(torch.bfloat16)
+            if list(self.options.values()).count(measured) > 1:
+                errors[option] = errors.get(option, 1e-30) + float(_rounding_error(some, quant_format).square().sum())
         return deltas
 
     def scaled(self, measured: Mapping[str, Mapping[str, float]]) -> dict[str, dict[str, float]]:
         """The divergences of all options, from those that were measured."""
         return {
-            name: {o: row[m] * self.errors[name][o] / self.errors[name][m] for o, m in self.options.items()}
+            name: {
+                o: row[o] if o == m else row[m] * self.errors[name][o] / self.errors[name][m]
+                for o, m in self.options.items()
+            }
             for name, row in measured.items()
         }
+
+
+def _rounding_error(W_OI: torch.Tensor, quant_format: QuantFormat) -> torch.Tensor:
+    """Nearest codes less the weights, float32 [O, I]."""
+    return dequantize(to_codes(W_OI, quant_format, fit(W_OI, quant_format), torch.float32)).float() - W_OI
 
 
 class Divergences(NamedTuple):
@@ -283,7 +294,8 @@ def _product_hook(deltas: Mapping[str, torch.Tensor], sums: dict[str, float]) ->
             g = gradients[0].reshape(-1, gradients[0].shape[-1])
             x, g = inputs.reshape(-1, inputs.shape[-1])[moved := g.any(-1)].float(), g[moved].float()
             for choice, delta in deltas.items():
-                products = [((x @ delta[rows].float().T) * g[:, rows]).sum(1) for rows in parts_of(delta)]
+                with tensor_cores(x, tiles=True):
+                    products = [((x @ delta[rows].float().T) * g[:, rows]).sum(1) for rows in parts_of(delta)]
                 sums[choice] += float(torch.stack(products).sum(0).double().square().sum())
 
         _behind(first_value(output)).register_prehook(backward)

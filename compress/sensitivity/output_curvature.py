@@ -19,7 +19,7 @@ from compress.blockwise.activations import Activations, ActivationStream, BlockS
 from compress.blockwise.block import Block
 from compress.blockwise.executor import BlockExecutor
 from compress.blockwise.experts import unfused
-from compress.blockwise.hessians import counted
+from compress.blockwise.hessians import counted, tensor_cores
 from compress.blockwise.linears import TargetLinear, record_outputs
 from compress.blockwise.memory_budget import GRADIENT_TOKENS, LOGITS_PER_CHUNK, curvatures_that_fit
 from compress.models.classes import arguments_of
@@ -109,10 +109,15 @@ class Gradients:
         view, visitor = self._view, self._visitor
         if view.is_first(index):
             view.enter(index, inputs, self.samples)
-        with view.streamed.block(index) as module, visitor.ahead(index) if visitor else nullcontext():
-            view.write_outputs(index, module, inputs.before(index), inputs.after(index), first=self.samples)
+        before, around = inputs.before(index), visitor.ahead(index) if visitor else nullcontext()
+        with view.streamed.block(index) as module, around, self._tiles(before):
+            view.write_outputs(index, module, before, inputs.after(index), first=self.samples)
         if index < self.first:
             inputs.release_before(index)
+
+    def _tiles(self, states: Activations) -> AbstractContextManager[None]:
+        """Products may round to bfloat16: labels that are drawn are far noisier."""
+        return tensor_cores(torch.empty(0, states.shape[-1], device=self.executor.device), tiles=True)
 
     def _open(self, shape: Sequence[int]) -> ActivationStream:
         """Files of the gradients at each block's output, by the block's number."""
@@ -122,7 +127,7 @@ class Gradients:
 
     def _at_the_end(self, hidden: Activations, gradients: Activations) -> None:
         """Write the gradients at the last block's output."""
-        with self.executor.streamed.head():
+        with self.executor.streamed.head(), self._tiles(hidden):
             for rows in self.executor.batches(self.samples):
                 for row in rows:
                     gradients.write([row], self._of_sample(row, hidden.read([row]).to(self.executor.device)))
@@ -130,7 +135,7 @@ class Gradients:
     def _one_block_back(self, index: int, inputs: Activations, gradients: ActivationStream) -> None:
         """Write the gradients at a block's input, which are those at the output of the block before it."""
         executor, later, visitor = self._view, gradients.before(index), self._visitor
-        with executor.streamed.block(index) as module:
+        with executor.streamed.block(index) as module, self._tiles(inputs):
             for rows in executor.batches(self.samples):
                 hidden = inputs.read(rows).to(executor.device).requires_grad_()
                 with visitor.around(index, module, rows) if visitor else nullcontext():
@@ -205,9 +210,9 @@ class Gradients:
         upstream = stream.before(block.index)
         for rows in self.executor.batches(self.samples):
             hidden = block.read_inputs(rows).requires_grad_()
-            with torch.enable_grad(), unfused(block.swaps):
+            with torch.enable_grad(), unfused(block.swaps), self._tiles(block.inputs):
                 output = block.forward(rows, hidden)
-            torch.autograd.grad(output, hidden, upstream.read(rows).to(output))
+                torch.autograd.grad(output, hidden, upstream.read(rows).to(output))
             yield rows
         stream.close()
 

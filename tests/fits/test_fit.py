@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import signal
 import subprocess
 import sys
@@ -15,6 +16,7 @@ import compress
 from compress.cli.commands import recipes as commands
 from compress.errors import CompressError, RecipeError
 from compress.fits.rank import combinations
+from compress.progress import SilentProgress
 from tests import pico
 
 
@@ -132,3 +134,31 @@ def test_check_takes_a_bound(recipe, tmp_path, capsys):
     assert "no mistakes found" in capsys.readouterr().out
     with pytest.raises(RecipeError, match="give one of"):
         commands.check([file], ["fit.max_bytes=1MB"], data=False, resolved=False, json=False, form=None)
+
+
+@pytest.mark.slow
+def test_minutes_are_told_before_the_search_and_those_that_are_done_are_not(recipe, tmp_path):
+    """All trials at least, and no more than it says; the page shows every finalist and the recipe."""
+    words: list[str] = []
+    told = compress.fit(recipe, only_search=True, progress=_Heard(words))
+    times = next(line for line in words if " trials" in line and " to " in line)
+    few, many = (int(part) for part in re.search(r"(\d+) to (\d+) trials", times).groups())
+    assert few <= told.document["trials"] <= many
+    words.clear()
+    compress.fit(recipe, only_search=True, progress=_Heard(words))
+    assert not any(line.startswith(("about", "more than")) for line in words if ": 0 to " in line)
+    page = (tmp_path / "out.fit" / "fit.html").read_text()
+    assert told.document["text"] in page
+    assert all(f"{one['measured']:.4f}" in page for one in told.document["finalists"])
+    assert "<svg" in page
+    assert "max_bytes" in page
+
+
+class _Heard(SilentProgress):
+    """Progress that keeps its lines."""
+
+    def __init__(self, words):
+        self.words = words
+
+    def message(self, text):
+        self.words.append(text)

@@ -10,6 +10,7 @@ from compress.checkpoint.open import open_checkpoint
 from compress.models.loading import load_checkpoint
 from compress.progress import SilentProgress
 from compress.sensitivity import output_curvature
+from compress.sensitivity.labels import draw
 from compress.sensitivity.output_curvature import Gradients
 from compress.workspace import Workspace
 from tests import pico
@@ -58,7 +59,7 @@ def expected(runner, chunk):
     for row in range(SAMPLES):
         generator = torch.Generator().manual_seed(runner.executor.seed * 1_000_003 + row)
         logits = model(**runner.inputs.rows([row]))[0][0]
-        drawn = [torch.multinomial(part.detach().softmax(-1), 1, generator=generator) for part in logits.split(chunk)]
+        drawn = [draw(part, generator)[:, None] for part in logits.split(chunk)]
         losses = torch.nn.functional.cross_entropy(logits, torch.cat(drawn)[:, 0], reduction="none")
         (losses if mask is None else losses[mask[row]]).sum().backward()
     return sums

@@ -8,6 +8,7 @@ from torch.nn.functional import cross_entropy
 
 from compress.data.batches import Batches
 from compress.models.loading import load_model
+from compress.sensitivity.labels import draw
 from compress.sensitivity.samples import SampleLoop, token_losses
 from tests import pico
 
@@ -28,7 +29,7 @@ def plain_losses(model, ids, next_token):
     for row, length in zip(ids, LENGTHS, strict=True):
         with torch.no_grad():
             logits = model(input_ids=row[None], attention_mask=(torch.arange(12)[None] < length).long())[0][0].float()
-        labels = torch.multinomial(logits.softmax(-1), 1, generator=generator)[:, 0]
+        labels = draw(logits, generator)
         if next_token:
             losses.append(cross_entropy(logits[: length - 1], row[1:length], reduction="none"))
         else:

@@ -15,6 +15,7 @@ from compress.models.loading import load_checkpoint
 from compress.progress import SilentProgress
 from compress.sensitivity import attention
 from compress.sensitivity.attention import Sight
+from compress.sensitivity.labels import draw
 from compress.sensitivity.windows import WindowLosses, window_losses
 from compress.solvers.windows import HeadProducts, sink_logits
 from compress.workspace import Workspace
@@ -75,7 +76,7 @@ def expected(executor, logits, by, mask):
         inputs["attention_mask"] = dense(executor, row)
         generator = torch.Generator().manual_seed(executor.seed * 1_000_003 + row)
         output = model(**inputs)[0][0]
-        drawn = torch.multinomial(output.detach().softmax(-1), 1, generator=generator)[:, 0]
+        drawn = draw(output, generator)
         losses = torch.nn.functional.cross_entropy(output, drawn, reduction="none")
         counted = torch.ones(LENGTH, dtype=torch.bool) if mask is None else mask[row]
         losses[counted].sum().backward()

@@ -27,7 +27,7 @@ from compress.passes.cast.plan import (
 )
 from compress.passes.cast.settings import DTYPES, CastSettings
 from compress.passes.memory import divergence_memory, runner_memory
-from compress.passes.work import DataSizes, SampleSize, Tuning, runner_work
+from compress.passes.work import DataSizes, SampleSize, Tuning, divergence_work, runner_work
 from compress.solvers.memory import GPTQ, GPTQ_CORRECTED, NO_SOLVER, ROUNDED, TRELLIS
 from compress.spec.formats import FIXED_GROUPS, INTEGERS, QuantFormat
 from compress.spec.spec import Spec
@@ -158,16 +158,26 @@ class Cast(Pass[CastSettings]):
         return max(measuring, runner)
 
     def work(self, spec: Spec, settings: CastSettings, sizes: DataSizes) -> Work | None:
-        """Work of the block runner, or of rounding; None for a budget, static scales, and trellis codes."""
-        if settings.budgeted or settings.static_cache or settings.static_inputs or not model_map(spec).known:
+        """Work of the block runner, or of rounding; None for static scales and trellis codes.
+
+        Of a budget also the work of measuring divergences; the formats are those that the plan assumes.
+        """
+        if settings.static_cache or settings.static_inputs or not model_map(spec).known:
             return None
         after = self.plan(spec, settings)
         coded = {t.name: t.quant_format for t in after.stored() if t.quant_format is not None}
         if any(quant_format.is_trellis for quant_format in coded.values()):
             return None
-        if settings.solved:
-            return _solved_work(spec, settings, coded, sizes.calibration)
         work = Work()
+        if settings.budgeted:
+            if sizes.calibration is None:
+                return None
+            work.add_all(_budget_work(spec, settings, sizes.calibration))
+        if settings.solved:
+            if (solved := _solved_work(spec, settings, coded, sizes.calibration)) is None:
+                return None
+            work.add_all(solved)
+            return work
         for tensor in after.stored():
             if tensor.name in coded:
                 work.add("nearest" if settings.method == "rtn" else "searched", 1, tensor.count)
@@ -226,6 +236,15 @@ class Cast(Pass[CastSettings]):
 def _divides(settings: CastSettings) -> bool:
     """Whether `group_size` is a number, which must divide the inputs of every matrix."""
     return isinstance(settings.group_size, int)
+
+
+def _budget_work(spec: Spec, settings: CastSettings, size: SampleSize) -> Work:
+    """Work of measuring what rounding to each format costs."""
+    names, options = undecided(spec, settings), settings.options
+    result = divergence_work(spec, dict.fromkeys(names, len(set(options.values()))), size)
+    for name in names:
+        result.add("nearest", 1, spec.tensors[name].count, len(options))
+    return result
 
 
 def _solved_work(

@@ -65,6 +65,8 @@ EFFORTS = EffortDefaults(
 )
 #: Group sizes that a budget may choose instead of 64.
 _LARGER = ("128", "channel")
+#: Bits of an integer from which on its rounding errors are like noise: a divergence follows their squared sum.
+_LIKE_NOISE = 4
 
 
 def _corrections(value: list[Correction]) -> list[Correction]:
@@ -305,14 +307,17 @@ class CastSettings(PassSettings):
 
     @property
     def options(self) -> dict[str, str]:
-        """Options of a budget, as `quant_format` takes them ▶ the format of each.
+        """Options of a budget, as `quant_format` takes them ▶ the option whose divergence is measured for it.
 
-        Without ``group_size``, integers below 8 bits also come in larger groups: the bytes saved on scales can buy more bits.
+        Integers of four bits and more round like noise, so that one of them is measured. Without ``group_size``, integers below
+        8 bits also come in larger groups: the bytes saved on scales can buy more bits.
         """
-        result: dict[str, str] = {format_: format_ for format_ in self.formats}
+        fine = [f for f in self.formats if INTEGERS.get(f, 0) >= _LIKE_NOISE]
+        least = min(fine, key=INTEGERS.__getitem__, default=None)
+        result: dict[str, str] = {f: least if least is not None and f in fine else f for f in self.formats}
         if self.group_size is None:
-            finer = [f for f in self.formats if INTEGERS.get(f, 8) < 8]
-            result |= {f"{format_}/{size}": format_ for format_ in finer for size in _LARGER}
+            grouped = [f for f in self.formats if INTEGERS.get(f, 8) < 8]
+            result |= {f"{format_}/{size}": result[format_] for format_ in grouped for size in _LARGER}
         return result
 
     def _usual_group(self, format_: str) -> int | Literal["channel", "block", "tensor"]:

@@ -22,6 +22,7 @@ from compress.passes.local_attention.divergence import samples, window_losses
 from compress.passes.local_attention.long_range import Repeated, with_repeats
 from compress.passes.local_attention.settings import LocalAttentionSettings
 from compress.progress import SilentProgress
+from compress.sensitivity.labels import draw
 from compress.solvers import windows as solver
 from compress.workspace import Workspace
 from tests import pico
@@ -195,7 +196,7 @@ def weighted(folder, ids, weights):
         kept.clear()
         output = model(input_ids=sample[None], use_cache=False).logits[0]
         generator = torch.Generator().manual_seed(row)
-        drawn = torch.multinomial(output.detach().softmax(-1), 1, generator=generator)[:, 0]
+        drawn = draw(output, generator)
         torch.nn.functional.cross_entropy(output, drawn, reduction="sum").backward()
         for t in range(len(sample)):
             r = torch.stack([(a.grad * (w - a.detach()))[0, :, t].double().sum() for a, w in kept])
