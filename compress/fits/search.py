@@ -154,16 +154,17 @@ class Search:
         """
         few = min(self.samples, _SAMPLES)
         trials = [([{"cast": {"weights": name, "effort": "fast"}}], few) for name in LADDER]
-        least: dict[FamilyName, Concession] = {}
         for family in self.settings.families:
             possible = [a for a in amounts(family, self.spec) if self.sizes.weights({family: a}) is not None]
-            if not possible:
-                continue
-            least |= {family: possible[0]} if self.sizes.weights({**least, family: possible[0]}) is not None else {}
             trials += [(self._alone(family, amount), few) for amount in (possible if every else possible[:1])]
-        making = Making("fast", self.settings.tokens)
-        whole = [*making.smaller(least if every else {}), making.cast({}, (), {"max_bytes": self.most})]
+        whole = self.entries(self._keeps_the_bound(), Making("fast", self.settings.tokens))
         return [*trials, *[(whole, self.samples)] * self.settings.finalists]
+
+    def _keeps_the_bound(self) -> Choice:
+        """A combination that keeps the bound, of few families."""
+        names = amounts("embeddings", self.spec) if "embeddings" in self.settings.families else []
+        few: list[Choice] = [{}, *({"embeddings": name} for name in names), *self._extremes()]
+        return next(choice for choice in few if (least := self.sizes.least(choice)) is not None and least <= self.most)
 
     def final(self, ranking: Sequence[Ranked]) -> list[tuple[Ranked, Tried]]:
         """The finalists, tried whole, the best first."""
