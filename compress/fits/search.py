@@ -162,8 +162,10 @@ class Search:
 
     def _keeps_the_bound(self) -> Choice:
         """A combination that keeps the bound, of few families."""
-        names = amounts("embeddings", self.spec) if "embeddings" in self.settings.families else []
-        few: list[Choice] = [{}, *({"embeddings": name} for name in names), *self._extremes()]
+        few: list[Choice] = [{}]
+        if "embeddings" in self.settings.families:
+            few += [{"embeddings": name} for name in amounts("embeddings", self.spec)]
+        few += self._extremes()
         return next(choice for choice in few if (least := self.sizes.least(choice)) is not None and least <= self.most)
 
     def final(self, ranking: Sequence[Ranked]) -> list[tuple[Ranked, Tried]]:
