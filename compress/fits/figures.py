@@ -19,7 +19,7 @@ def heading(document: Mapping[str, Any]) -> str:
 
 
 def paid_rows(document: Mapping[str, Any]) -> list[Sequence[str]]:
-    """What each family of the best combination gives up, the bytes that spares, and its divergence."""
+    """Amount, spared bytes and divergence of each family of the best combination."""
     return [
         (row["family"], _amount(row["family"], row["amount"]), format_bytes(row["bytes"]), f"{row['divergence']:.4f}")
         for row in document["paid"]

@@ -1,4 +1,4 @@
-"""What a search measured as a picture: nats per token of each family's amounts and of bits, by the bytes that remain."""
+"""The costs that a search measured as a picture: nats per token of each family and of bits, by the bytes that remain."""
 
 from __future__ import annotations
 
