@@ -19,7 +19,7 @@ from compress.spec.classes import auto_class
 from tools.runtimes.cells import RUNTIMES, cells
 from tools.runtimes.environments import BUILD
 from tools.runtimes.figures import figures
-from tools.runtimes.models import MODELS, add, artefact, asked
+from tools.runtimes.models import MODELS, add, artefact, asked, folder_of, rates
 from tools.runtimes.page import write
 
 PAGE = BUILD.parent.parent / "docs" / "runtimes.md"
@@ -44,9 +44,11 @@ def measured(
         spec, _ = open_headers(artefact(name, one, "checkpoint"), trust_remote_code=True)
         opens = {each: figures(outputs[each][one], reference(outputs, each, one), question) for each in runtimes}
         rows[one] = {"what": made.what, "holds": holdings(spec), "opens": opens}
+        if (measured_rates := rates(name, one)) is not None:
+            rows[one]["rates"] = measured_rates
     versions = {runtime: max(str(one.get("version", "")) for one in outputs[runtime].values()) for runtime in runtimes}
     used = {runtime: {"version": versions[runtime], "opens": RUNTIMES[runtime][0]} for runtime in runtimes}
-    auto = auto_class(open_headers(model.folder)[0].structure.class_name)
+    auto = auto_class(open_headers(folder_of(name))[0].structure.class_name)
     return {"what": model.what, "tokens": model.tokens, "auto_class": auto, "artefacts": rows}, used
 
 
@@ -56,7 +58,7 @@ def reference(outputs: dict[str, Any], runtime: str, name: str) -> dict[str, Any
     Exports hold no rounding of inputs: theirs are compared with logits without it.
     """
     ours = dict(outputs["compress"][name])
-    if runtime == "transformers" or "error" in ours:
+    if runtime in ("transformers", "lm-eval") or "error" in ours:
         return {key: value for key, value in ours.items() if key != "greedy"}
     if runtime == "vLLM" and "error" not in outputs["transformers"][name]:
         return dict(outputs["transformers"][name])
@@ -70,7 +72,7 @@ def merged(before: dict[str, Any] | None, row: dict[str, Any], order: list[str])
     for one in order:
         if one in old or one in row["artefacts"]:
             facts = row["artefacts"].get(one, old.get(one))
-            artefacts[one] = facts | {"opens": old.get(one, {"opens": {}})["opens"] | facts["opens"]}
+            artefacts[one] = old.get(one, {}) | facts | {"opens": old.get(one, {"opens": {}})["opens"] | facts["opens"]}
     return row | {"artefacts": artefacts}
 
 

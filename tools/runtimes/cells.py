@@ -20,12 +20,14 @@ from tools.runtimes.models import artefact, asked
 RUNTIMES = {
     "compress": ("checkpoint", "run_compress.py"),
     "transformers": ("checkpoint", "run_transformers.py"),
+    "lm-eval": ("checkpoint", "run_lm_eval.py"),
     "vLLM": ("checkpoint", "run_vllm.py"),
-    "llama.cpp": ("gguf", "run_llama_cpp.py"),
+    "llama.cpp": ("gguf", "llama_cpp.py"),
     "onnxruntime": ("onnx", "run_onnxruntime.py"),
     "onnxruntime-genai": ("onnx", "run_genai.py"),
     "OpenVINO": ("onnx", "run_openvino.py"),
     "transformers.js": ("onnx", "run_transformers_js.mjs"),
+    "sentence-transformers": ("onnx", "run_sentence_transformers.py"),
 }
 
 

@@ -1,10 +1,11 @@
-"""llama.cpp through its C library: logits, token ids, quantisation and speed of GGUF files. Needs numpy, and npm once.
+"""llama.cpp through its C library: outputs, quantisation and speed of GGUF files. Needs numpy, and npm once.
 
 The library is the prebuilt one of `compress.evaluation.llama_cpp`, in ``build/runtimes/llama.cpp``. As a command it reads and
 writes files, so that it can run in an environment of its own:
 
     python tools/runtimes/llama_cpp.py logits model.gguf ids.npy out.npy     # ids [samples, length] ▶ float32 logits
     python tools/runtimes/llama_cpp.py tokens model.gguf text.txt out.npy    # without special tokens around it
+    python tools/runtimes/llama_cpp.py ASKED.json model.gguf out.npz […]     # as the other scripts of runtimes
     python tools/runtimes/llama_cpp.py quantize in.gguf out.gguf Q4_K_M [imatrix.gguf]
     python tools/runtimes/llama_cpp.py speed model.gguf [tokens] [threads]   # decoded tokens per second
 """
@@ -15,6 +16,7 @@ import ctypes as C
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +27,7 @@ sys.path.insert(0, str(ROOT))
 
 from compress.evaluation import llama_cpp as core  # noqa: E402
 from compress.evaluation.llama_cpp import PACKAGE, VERSION  # noqa: E402
+from tools.runtimes.each import each  # noqa: E402
 
 HOME = ROOT / "build" / "runtimes" / "llama.cpp"
 #: Names of whole files' types ▶ their number (``llama_ftype``).
@@ -72,6 +75,21 @@ def quantize(source: Path, target: Path, kind: str, imatrix: dict[str, np.ndarra
         raise RuntimeError("; ".join(core.said[:3]) or "the file cannot be quantised")
 
 
+def outputs(file: str, asked: dict[str, Any]) -> dict[str, Any]:
+    """``logits`` [tokens, vocabulary], ``greedy`` and ``text_ids``."""
+    ids, prompt = asked["ids"], asked["prompt"]
+    with Model(file, length=len(ids)) as model:
+        values: dict[str, Any] = {"logits": model.step(ids)}
+        model.renew()
+        state, tokens, start = model.step(prompt), [], time.perf_counter()
+        for number in range(asked["new_tokens"]):
+            tokens.append(int(state[-1].argmax()))
+            state = model.step(tokens[-1:], len(prompt) + number)
+        values |= {"greedy": np.array(tokens), "seconds": time.perf_counter() - start}
+        version = f"{model.lib.version} of node-llama-cpp {VERSION}"
+        return {**values, "text_ids": np.array(model.tokens(asked["text"])), "version": version}
+
+
 def main(arguments: list[str]) -> None:
     """The command line."""
     match arguments:
@@ -89,6 +107,8 @@ def main(arguments: list[str]) -> None:
 
                 means = read_imatrix(Path(rest[0]))
             quantize(Path(source), Path(target), kind, means)
+        case [asked, *_] if asked.endswith(".json"):
+            each(outputs)
         case ["speed", file, *rest]:
             tokens, threads = (int(x) for x in [*rest, "64", "1"][:2]) if len(rest) != 1 else (int(rest[0]), 1)
             with Model(file, length=16 + tokens, threads=threads) as model:

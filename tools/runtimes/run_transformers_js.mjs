@@ -1,4 +1,4 @@
-// transformers.js: logits of a folder of `compress export --to onnx`, and ids of its tokenizer.
+// transformers.js: logits of a folder of `compress export --to onnx`, or an encoder's hidden states, and ids of its tokenizer.
 // node run_transformers_js.mjs ASKED.json FOLDER OUT.json   (NODE_MODULES: folder with the package)
 import { createRequire } from "node:module";
 import { readFileSync, writeFileSync } from "node:fs";
@@ -13,10 +13,13 @@ js.env.allowRemoteModels = false;
 js.env.localModelPath = dirname(resolve(folder)) + "/";
 const name = basename(resolve(folder));
 const tokenizer = await js.AutoTokenizer.from_pretrained(name);
-const model = await js.AutoModelForCausalLM.from_pretrained(name);
+const auto = asked.causal ? js.AutoModelForCausalLM : js.AutoModel;
+const model = await auto.from_pretrained(name);
 const values = (list) => new js.Tensor("int64", BigInt64Array.from(list, BigInt), [1, list.length]);
 const inputs = { input_ids: values(asked.ids), attention_mask: values(asked.ids.map(() => 1)) };
-const { logits } = await model(inputs);
+if (!asked.causal) inputs.token_type_ids = values(asked.ids.map(() => 0));
+const result = await model(inputs);
+const logits = result.logits ?? result.last_hidden_state;
 writeFileSync(target + ".f32", Buffer.from(new Float32Array(logits.data).buffer));
 const ids = tokenizer.encode(asked.text, { add_special_tokens: false });
 writeFileSync(target, JSON.stringify({ shape: logits.dims, text_ids: ids, version: js.env.version }));

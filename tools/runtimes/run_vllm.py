@@ -17,16 +17,31 @@ os.environ.update(
 
 import gc
 import time
+from pathlib import Path
 
 import numpy as np
 import vllm
 from each import each
 
+#: Whether kernels for int4 round inputs that the checkpoint does not ask to round, where the CPU has AMX; so by default.
+ROUNDS = "VLLM_CPU_INT4_W4A8"
 LIKELIEST = 20
 
 
 def outputs(folder, asked):
-    """``top_ids`` and ``top_logprobs`` [places, 20], likeliest first; ``greedy``."""
+    """``top_ids`` and ``top_logprobs`` [places, 20], likeliest first, and ``greedy``, from products of bfloat16; with
+    ``_by_default`` behind them what kernels give that round inputs, where there are any.
+    """
+    results = served(folder, asked, "0")
+    if "pack-quantized" in Path(folder, "config.json").read_text():
+        results |= {f"{name}_by_default": value for name, value in served(folder, asked, "1").items()}
+    return results | {"version": vllm.__version__}
+
+
+def served(folder, asked, rounds):
+    """What `outputs` says, for one value of `ROUNDS`."""
+    os.environ[ROUNDS] = rounds
+    vllm.envs.disable_envs_cache()
     ids, prompt, count = asked["ids"], asked["prompt"], asked["new_tokens"]
     options = {"dtype": "bfloat16", "enforce_eager": True, "enable_prefix_caching": False, "max_num_seqs": 1}
     length = len(ids) + count
@@ -45,7 +60,6 @@ def outputs(folder, asked):
             "top_logprobs": np.array([[value.logprob for _, value in place] for place in places]),
             "greedy": np.array(decoded.outputs[0].token_ids),
             "seconds": time.perf_counter() - start,
-            "version": vllm.__version__,
         }
     finally:
         del model
