@@ -29,7 +29,10 @@ def exact(checkpoint, name):
         return value.data.float()
     codes, scale = value.codes.codes, value.codes.scale
     if codes.dtype == torch.uint8:
-        values = READERS["mxfp4-pack-quantized",].dequantize(codes, scale, None).float()
+        powers = scale if scale.dtype == torch.uint8 else torch.full_like(codes[:, ::16], 127)
+        values = READERS["mxfp4-pack-quantized",].dequantize(codes, powers, None).float()
+        if value.codes.overall is not None:  # nvfp4
+            values = values * spread(scale.float(), codes) / value.codes.overall
     else:
         whole = codes.float() if value.codes.zero is None else codes.float() - spread(value.codes.zero.float(), codes)
         values = whole * spread(scale.float(), codes)
@@ -71,6 +74,7 @@ def same(before, back):
 
 FORMATS = {
     "*.q_proj": "int2", "*.k_proj": "int3", "*.v_proj": "int5", "*.o_proj": "int6", "*.up_proj": "int8", "*.down_proj": "mxfp4",
+    "*layers.0.*.gate_proj": "nvfp4",
 }  # fmt: skip
 
 
@@ -81,9 +85,10 @@ def test_codes_of_every_width_are_kept_bit_for_bit(tmp_path):
     plan, back = exported(tmp_path / "in", tmp_path, embeddings="keep")
     assert {(row["source"], row["type"]) for row in plan["tensors"] if row["type"] != "F32"} == {
         ("BF16", "BF16"), ("int2", "Q4_0"), ("int3", "Q4_0"), ("int4", "Q4_0"), ("int5", "Q5_0"), ("int6", "Q8_0"),
-        ("int8", "Q8_0"), ("mxfp4", "MXFP4"),
+        ("int8", "Q8_0"), ("mxfp4", "MXFP4"), ("nvfp4", "NVFP4"),
     }  # fmt: skip
-    assert all(row["exact"] for row in plan["tensors"])
+    assert {row["source"] for row in plan["tensors"] if not row["exact"]} == {"nvfp4"}
+    assert "one over nvfp4's global scales is rounded to float32" in plan["notes"]
     same(open_checkpoint(tmp_path / "in"), back)
 
 

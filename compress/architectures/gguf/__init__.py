@@ -4,7 +4,7 @@
 """
 
 from compress.architectures.gguf.metadata import unknown_rules
-from compress.architectures.gguf.reading import gguf_model
+from compress.architectures.gguf.reading import SCALE, gguf_model
 from compress.architectures.gguf.writing import GgufLayout, GgufPlace, UnwritableError, gguf_layout
 
-__all__ = ["GgufLayout", "GgufPlace", "UnwritableError", "gguf_layout", "gguf_model", "unknown_rules"]
+__all__ = ["SCALE", "GgufLayout", "GgufPlace", "UnwritableError", "gguf_layout", "gguf_model", "unknown_rules"]

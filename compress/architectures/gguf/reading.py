@@ -10,6 +10,8 @@ from typing import Any
 from compress.architectures.gguf.families import FACTORS, FAMILIES, config_of
 from compress.architectures.gguf.metadata import Metadata, ReadFloats
 
+#: Ending of tensors with what products of a matrix are multiplied with.
+SCALE = ".scale"
 _NAME = re.compile(r"blk\.(\d+)\.(\w+)\.(weight|bias)|(\w+)\.(weight|bias)")
 
 
@@ -50,7 +52,7 @@ def gguf_model(
     config = config_of(family, metadata)
     names, heads, raised, transposed = {}, {}, set(), set()
     for name in shapes:
-        if name in FACTORS:
+        if name in FACTORS or (name.endswith(SCALE) and f"{name.removesuffix(SCALE)}.weight" in shapes):
             continue
         match = _NAME.fullmatch(name)
         block, part, end, outside, outer = match.groups() if match else (None,) * 5

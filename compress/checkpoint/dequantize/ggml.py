@@ -45,13 +45,14 @@ TYPES: Mapping[int, GgmlType] = {
     20: GgmlType("IQ4_NL", 32, 18),
     23: GgmlType("IQ4_XS", 256, 136),
     39: GgmlType("MXFP4", 32, 17),
+    40: GgmlType("NVFP4", 64, 36),
 }
 #: Names of types that are not read, for errors.
 OTHERS: Mapping[int, str] = {
     16: "IQ2_XXS", 17: "IQ2_XS", 18: "IQ3_XXS", 19: "IQ1_S", 21: "IQ3_S", 22: "IQ2_S", 29: "IQ1_M", 34: "TQ1_0", 35: "TQ2_0",
-    40: "NVFP4", 41: "Q1_0",
+    41: "Q1_0",
 }  # fmt: skip
-#: Values of the codes of MXFP4: E2M1.
+#: Values of the codes of MXFP4 and NVFP4: E2M1.
 E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)
 #: Values of the codes of IQ4_NL and IQ4_XS.
 _IQ4 = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)
@@ -191,7 +192,16 @@ def _mxfp4(b: torch.Tensor) -> torch.Tensor:
     return scale * torch.tensor(E2M1)[_nibbles(b[:, 1:], 16).long()]
 
 
+def _nvfp4(b: torch.Tensor) -> torch.Tensor:
+    import torch
+
+    scale = b[:, :4].contiguous().view(torch.float8_e4m3fn).float()
+    codes = torch.tensor(E2M1)[_nibbles(b[:, 4:], 8).long()]
+    return (scale[..., None] * codes.reshape(-1, 4, 16)).flatten(1)
+
+
 _DECODERS: Mapping[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "Q4_0": _q4_0, "Q4_1": _q4_1, "Q5_0": _q5_0, "Q5_1": _q5_1, "Q8_0": _q8_0, "Q2_K": _q2_k, "Q3_K": _q3_k, "Q4_K": _q4_k,
     "Q5_K": _q5_k, "Q6_K": _q6_k, "IQ4_NL": _iq4_nl, "IQ4_XS": _iq4_xs, "MXFP4": _mxfp4,
+    "NVFP4": _nvfp4,
 }  # fmt: skip

@@ -9,7 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from compress.architectures.gguf import gguf_model
+from compress.architectures.gguf import SCALE, gguf_model
 from compress.checkpoint.dequantize import stored_note
 from compress.checkpoint.dequantize.ggml import GgmlType, dequantize
 from compress.checkpoint.files import read_bytes, read_json
@@ -133,8 +133,13 @@ def read_contents(folder: Path, name: str) -> GgufContents:
             name_in_model = new.format(number)
             logical = shape[::-1] if key in model.transposed else shape
             tensors[name_in_model] = Tensor(name_in_model, logical, dtype)
-            sources[name_in_model] = Quantized(f"GGUF {stored.kind.name}", {"blocks": part}, size, decode)
+            arrays = {"blocks": part}
             entries[part] = TensorEntry("U8", (size,), start, start + size)
+            if (scale := _scale(header, key, number, experts, str(path))) is not None:
+                arrays["scale"] = f"{part}{SCALE}"
+                entries[arrays["scale"]] = scale
+            bytes_ = sum(entries[array].end - entries[array].start for array in arrays.values())
+            sources[name_in_model] = Quantized(f"GGUF {stored.kind.name}", arrays, bytes_, decode)
     return GgufContents(
         config={**model.config, "dtype": FLOAT_DTYPES[dtype]},
         headers={name: Header(entries, {}, 0)},
@@ -144,6 +149,16 @@ def read_contents(folder: Path, name: str) -> GgufContents:
         notes=(stored_note(tensors, sources),),
         metadata=header.metadata,
     )
+
+
+def _scale(header: GgufHeader, key: str, number: int, experts: int, where: str) -> TensorEntry | None:
+    """Where the factor of a matrix, or of one of its experts, lies; None where it has none. Raises `CheckpointError`."""
+    if (stored := header.tensors.get(f"{key.removesuffix('.weight')}{SCALE}")) is None or not key.endswith(".weight"):
+        return None
+    if stored.kind.name != "F32" or stored.shape != (experts,):
+        raise CheckpointError(f"stores the scale of {key} as {stored.kind.name} {list(stored.shape)}", where=where)
+    start = stored.start + 4 * number
+    return TensorEntry("F32", (1,), start, start + 4)
 
 
 def _dtype(header: GgufHeader) -> str:
@@ -167,7 +182,10 @@ def _decode(
     """
     import torch
 
-    values = dequantize(arrays["blocks"], kind, shape, torch.float32 if raised else dtype)
+    scale = arrays.get("scale")
+    values = dequantize(arrays["blocks"], kind, shape, torch.float32 if raised or scale is not None else dtype)
+    if scale is not None:
+        values = (values * scale).to(dtype)
     if raised:
         values = (values - 1).to(dtype)
     if heads:  # the converter stores the two halves of a head's rows alternately

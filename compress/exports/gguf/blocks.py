@@ -24,7 +24,7 @@ def permuted(rows: torch.Tensor, heads: int) -> torch.Tensor:
 
 
 def of_codes(value: Value, tensor: Tensor, kind: str, heads: int = 0) -> torch.Tensor:
-    """Bytes uint8 [R, n] of a tensor of integer or mxfp4 codes.
+    """Bytes uint8 [R, n] of a tensor of integer, mxfp4 or nvfp4 codes.
 
     Args:
         kind: a type that holds these codes, see `types.chosen`. heads: see `permuted`.
@@ -34,6 +34,8 @@ def of_codes(value: Value, tensor: Tensor, kind: str, heads: int = 0) -> torch.T
     assert tensor.quant_format is not None
     if kind == "MXFP4":
         return _mxfp4(permuted(codes.codes, heads), permuted(codes.scale, heads))
+    if kind == "NVFP4":
+        return _nvfp4(permuted(codes.codes, heads), permuted(codes.scale, heads))
     rows, columns = codes.codes.shape
     scale = _by_block(codes.scale, rows, columns)
     zero = None if codes.zero is None else _by_block(codes.zero, rows, columns)
@@ -119,6 +121,15 @@ def _with_minima(codes: torch.Tensor, scale: torch.Tensor, low: torch.Tensor, *,
 
 def _mxfp4(codes: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
     return _joined(scale[..., None], _nibbles(_blocks(codes)))
+
+
+def _nvfp4(codes: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    """Codes [R, C] and scales E4M3 [R, C / 16]: the scales of 64 inputs, then their codes, the halves of 16 in a byte each."""
+    import torch
+
+    parts = codes.reshape(len(codes), -1, 4, 2, 8)
+    nibbles = parts[..., 0, :] | (parts[..., 1, :] << 4)
+    return _joined(scale.contiguous().view(torch.uint8).reshape(*nibbles.shape[:2], 4), nibbles.flatten(2))
 
 
 _ENCODERS = {"Q4_0": _q4_0, "Q5_0": _q5_0, "Q8_0": _q8_0}

@@ -20,7 +20,7 @@ from compress.spec.spec import Spec, Tensor
 _FILE_TYPES: Mapping[str, int] = {
     "F32": 0, "F16": 1, "Q4_0": 2, "Q4_1": 3, "Q8_0": 7, "Q5_0": 8, "Q5_1": 9, "Q2_K": 10, "Q3_K": 12, "Q4_K": 15, "Q5_K": 17,
     "Q6_K": 18, "IQ2_XXS": 19, "IQ2_XS": 20, "IQ3_XXS": 23, "IQ1_S": 24, "IQ4_NL": 25, "IQ3_S": 26, "IQ2_S": 28, "IQ4_XS": 30,
-    "IQ1_M": 31, "BF16": 32, "MXFP4": 38, "Q4_K_S": 14, "Q4_K_M": 15, "Q5_K_S": 16, "Q5_K_M": 17,
+    "IQ1_M": 31, "BF16": 32, "MXFP4": 38, "NVFP4": 39, "Q4_K_S": 14, "Q4_K_M": 15, "Q5_K_S": 16, "Q5_K_M": 17,
 }  # fmt: skip
 _ALIGNMENT = 32
 
@@ -45,6 +45,12 @@ class GgufFile:
     tensors: tuple[FileTensor, ...]
     metadata: Mapping[str, Any]
 
+    @property
+    def scales(self) -> Mapping[str, tuple[Tensor, ...]]:
+        """Names of tensors that hold nvfp4's global scales ▶ the stock tensors whose they are."""
+        coded = [t for t in self.tensors if t.chosen.coded and t.chosen.type == "NVFP4"]
+        return {f"{t.name.removesuffix('.weight')}.scale": t.sources for t in coded}
+
     def writer(self, path: Path) -> Any:
         """A `gguf.GGUFWriter` with metadata and tensors, at the beginning of the data."""
         import gguf
@@ -55,7 +61,7 @@ class GgufFile:
             _add(writer, key, value)
         for key, value in self.model.metadata.items():
             _add(writer, f"{self.model.architecture}.{key}", value)
-        for name, values in self.model.factors.items():
+        for name, values in (*self.model.factors.items(), *self.scales.items()):
             writer.add_tensor_info(name, (len(values),), np.dtype(np.float32), 4 * len(values))
         for tensor in self.tensors:
             kind = gguf.GGMLQuantizationType[tensor.chosen.type]
@@ -72,7 +78,8 @@ class GgufFile:
             writer = self.writer(Path(place) / "header.gguf")
             header = writer.fout[0].tell()
             writer.close()
-        sizes = [4 * len(values) for values in self.model.factors.values()] + [t.bytes for t in self.tensors]
+        floats = (*self.model.factors.values(), *self.scales.values())
+        sizes = [4 * len(values) for values in floats] + [t.bytes for t in self.tensors]
         total = _padded(header) + sum(map(_padded, sizes))
         rows: dict[tuple[str, str, bool], list[int]] = {}
         for tensor in self.tensors:
@@ -89,7 +96,9 @@ class GgufFile:
         notes = []
         if any(t.chosen.type in ("Q4_1", "Q5_1") for t in coded):
             notes.append("minima (scale times zero point) are rounded to float16")
-        if any(t.sources[0].dtype == "F32" for t in coded):
+        if self.scales:
+            notes.append("one over nvfp4's global scales is rounded to float32")
+        if any(t.sources[0].dtype == "F32" and t.chosen.type != "NVFP4" for t in coded):
             notes.append("scales are rounded from float32 to float16")
         if any(f.activations for t in coded if (f := t.sources[0].quant_format) is not None):
             notes.append("inputs are not rounded as the config asks: llama.cpp has its own way")

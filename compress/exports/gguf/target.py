@@ -13,7 +13,7 @@ from compress.exports.base import ExportPlan, Target, require
 from compress.exports.gguf.layout import FileTensor, GgufFile, gguf_file
 from compress.exports.gguf.settings import GgufSettings
 from compress.exports.gguf.types import ROUNDED_BY_GGUF
-from compress.spec.spec import Spec
+from compress.spec.spec import Spec, Tensor
 
 if TYPE_CHECKING:
     import numpy as np
@@ -30,7 +30,7 @@ class Gguf(Target[GgufSettings]):
     """One file with weights, metadata and tokenizer."""
 
     name = "gguf"
-    summary = "GGUF, for llama.cpp, Ollama, LM Studio: integer codes and mxfp4 bit for bit, k-quants by libgguf."
+    summary = "GGUF, for llama.cpp, Ollama, LM Studio: integer codes, mxfp4 and nvfp4 as they are, k-quants by libgguf."
     ending = ".gguf"
     settings = GgufSettings
     packages = ("gguf",)
@@ -53,6 +53,10 @@ class Gguf(Target[GgufSettings]):
             for name, values in file.model.factors.items():
                 writer.write_tensor_data(_array(values))
                 sums[name] = zlib.crc32(_array(values).tobytes())
+            for name, sources in file.scales.items():
+                data = _array([_overall(checkpoint, source) for source in sources])
+                writer.write_tensor_data(data)
+                sums[name] = zlib.crc32(data.tobytes())
             with progress.task("write GGUF", len(file.tensors)) as task:
                 for tensor in file.tensors:
                     data = _data(checkpoint, tensor, importance.get(tensor.name))
@@ -76,6 +80,14 @@ def _array(values: list[float]) -> np.ndarray[Any, Any]:
     import numpy as np
 
     return np.array(values, np.float32)
+
+
+def _overall(checkpoint: Checkpoint, tensor: Tensor) -> float:
+    """What products with nvfp4 codes are multiplied with; the checkpoint has what scales are divided by."""
+    codes = checkpoint.tensor(tensor.name).codes
+    assert codes is not None
+    assert codes.overall is not None
+    return 1 / float(codes.overall)
 
 
 def _importance(settings: GgufSettings) -> dict[str, np.ndarray[Any, Any]]:

@@ -20,6 +20,8 @@ SYMMETRIC: Mapping[int, str] = {2: "Q4_0", 3: "Q4_0", 4: "Q4_0", 5: "Q5_0", 6: "
 ASYMMETRIC: Mapping[int, str] = {2: "Q4_0", 3: "Q4_0", 4: "Q4_1", 5: "Q5_1", 6: "Q8_0"}
 #: Values that share a scale in these types.
 BLOCK = 32
+#: Values of a block of NVFP4, which has four scales.
+NVFP4_BLOCK = 64
 #: Type ▶ the one that llama.cpp takes for rows that are not whole blocks of 256.
 NARROWER: Mapping[str, str] = {
     **dict.fromkeys(("Q2_K", "Q3_K", "IQ4_XS", "IQ3_S", "IQ3_XXS", "IQ2_S", "IQ2_XS", "IQ2_XXS", "IQ1_S", "IQ1_M"), "IQ4_NL"),
@@ -104,8 +106,16 @@ def _coded(tensor: Tensor, quant_format: QuantFormat) -> Chosen:
         return Chosen(kind, exact=kind not in ("Q4_1", "Q5_1"), coded=True)
     if name == "mxfp4":
         return Chosen("MXFP4", exact=True, coded=True)
+    if name == "nvfp4":
+        if inputs % NVFP4_BLOCK:
+            raise ExportError(
+                f"GGUF has nvfp4 codes in blocks of {NVFP4_BLOCK}, and this has {inputs} inputs",
+                where=tensor.name,
+                fix=f"prune MLPs with `multiple_of: {NVFP4_BLOCK}`, or cast to int4, `group_size: 32`",
+            )
+        return Chosen("NVFP4", exact=False, coded=True)
     raise ExportError(
         f"GGUF has no {name} codes",
         where=tensor.name,
-        fix="cast to int4 (Q4_0), int5 (Q5_0), int8 (Q8_0) or mxfp4, or add `--type Q4_K` to round the values again",
+        fix="cast to int4 (Q4_0), int5 (Q5_0), int8 (Q8_0), mxfp4 or nvfp4, or add `--type Q4_K` to round the values again",
     )
