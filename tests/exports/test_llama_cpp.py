@@ -77,9 +77,7 @@ def test_llama_cpp_computes_the_same_logits(family, tmp_path):
 @pytest.mark.parametrize("family", list(FAMILIES))
 def test_llama_cpp_computes_with_nvfp4(family, tmp_path):
     store = {"store": "compact"} if family == "gpt2" else {}
-    compress.apply(
-        "cast", calm(tmp_path / "source", family), tmp_path / "in", weights="nvfp4", method="rtn", **store
-    )
+    compress.apply("cast", calm(tmp_path / "source", family), tmp_path / "in", weights="nvfp4", method="rtn", **store)
     compress.export(tmp_path / "in", tmp_path / "out.gguf", to="gguf", embeddings="F32")
     each = divergence(tmp_path / "in", tmp_path / "out.gguf")
     assert (each.median() if family in ROUTED else each.mean()) <= 2e-4

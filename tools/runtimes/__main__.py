@@ -88,19 +88,20 @@ def main() -> None:
     parser.add_argument("--model", type=Path, help="instead: a causal model of your own, which --recipe compresses")
     parser.add_argument("--recipe", type=Path, default=RECIPE, help="with exports to gguf and onnx")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override a key of the recipe")
+    parser.add_argument("--speed", action="store_true", help="measure tokens per second in llama.cpp with it, too")
     given = parser.parse_args()
     if given.model:
-        given.models = [add(given.model, given.recipe, given.set)]
+        given.models = [add(given.model, given.recipe, given.set, given.speed)]
     BUILD.mkdir(parents=True, exist_ok=True)
-    table = json.loads(TABLE.read_text(encoding="utf-8"))
     for name in given.models:
         chosen = tuple(each for each in MODELS[name].runtimes if each in (given.runtimes or RUNTIMES))
         names = [one for one in MODELS[name].artefacts if one in (given.artefacts or MODELS[name].artefacts)]
         row, used = measured(name, chosen, names, given.fresh)
+        table = json.loads(TABLE.read_text(encoding="utf-8"))  # another process may have written it meanwhile
         table["models"][name] = merged(table["models"].get(name), row, list(MODELS[name].artefacts))
         table["runtimes"] |= used
         TABLE.write_text(json.dumps(table, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    write(table, PAGE)
+        write(table, PAGE)
 
 
 if __name__ == "__main__":
