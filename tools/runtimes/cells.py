@@ -39,11 +39,9 @@ def cells(runtime: str, model: str, names: Iterable[str], fresh: bool) -> dict[s
     targets = {name: folder / f"{runtime}-{name.replace(' ', '-')}.npz" for name in names}
     missing = {name: target for name, target in targets.items() if fresh or not target.exists()}
     opened = dict(_opened(model, missing, form))
-    if script.endswith(".mjs"):
-        for name, path in opened.items():
-            _run_node(script, model, path, missing[name])
-    elif opened:
-        _run_python(runtime, script, model, {path: missing[name] for name, path in opened.items()})
+    if opened:
+        pairs = {path: missing[name] for name, path in opened.items()}
+        (_run_node if script.endswith(".mjs") else _run_python)(runtime, script, model, pairs)
     return {name: {key: _plain(value) for key, value in np.load(target).items()} for name, target in targets.items()}
 
 
@@ -77,19 +75,21 @@ def _run_python(runtime: str, script: str, model: str, pairs: dict[Path, Path]) 
             np.savez(target, error=f"the process ended with status {result.returncode}: {_last_line(result.stderr)}")
 
 
-def _run_node(script: str, model: str, path: Path, target: Path) -> None:
+def _run_node(runtime: str, script: str, model: str, pairs: dict[Path, Path]) -> None:
     environment = {**os.environ, "NODE_MODULES": str(node_modules())}
-    content = target.with_suffix(".json")
-    command = ["node", str(HERE / script), str(asked(model)), str(path), str(content)]
+    arguments = [str(path) for source, target in pairs.items() for path in (source, target.with_suffix(".json"))]
+    command = ["node", str(HERE / script), str(asked(model)), *arguments]
     result = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    if result.returncode:
-        np.savez(target, error=_last_line(result.stderr))
-        return
-    values = json.loads(content.read_text())
-    data = Path(f"{content}.f32")
-    logits = np.fromfile(data, np.float32).reshape(values["shape"])[0]
-    np.savez(target, logits=logits, text_ids=values["text_ids"], version=values["version"])
-    data.unlink()
+    (BUILD / "cells" / model / f"{runtime}.log").write_text(result.stdout + result.stderr)
+    for target in pairs.values():
+        content = target.with_suffix(".json")
+        values = json.loads(content.read_text()) if content.exists() else {"error": _last_line(result.stderr)}
+        if "shape" in values:
+            data = Path(f"{content}.f32")
+            values["logits"] = np.fromfile(data, np.float32).reshape(values.pop("shape"))[0]
+            data.unlink()
+        content.unlink(missing_ok=True)
+        np.savez(target, **values)
 
 
 def _last_line(text: str) -> str:
