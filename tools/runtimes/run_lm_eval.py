@@ -28,7 +28,7 @@ def outputs(folder, asked):
         "doc_to_target": "{{text}}",
         "metric_list": [{"metric": "bits_per_byte"}],
     }
-    model, _ = load(folder)
+    model = load(folder, True)
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
     scored = lm_eval.simple_evaluate(HFLM(model, tokenizer=tokenizer, batch_size=1), tasks=[task], log_samples=False)
     return {"bits_per_byte": scored["results"]["lines"]["bits_per_byte,none"], "version": version("lm-eval")}

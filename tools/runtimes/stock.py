@@ -7,12 +7,11 @@ import transformers
 NARROW = ("mxfp", "nvfp")
 
 
-def load(folder, dtype=torch.float32):
-    """A checkpoint folder's model, and whether it is a causal language model."""
+def load(folder, causal, dtype=torch.float32):
+    """A checkpoint folder's model, ``causal`` or the base model."""
     config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=True)
     coded = getattr(config, "quantization_config", None) or {}
     formats = {group.get("format") or coded["format"] for group in coded.get("config_groups", {}).values()}
     dtype = "auto" if any(name.startswith(NARROW) for name in formats) else dtype
-    causal = any(name.endswith(("CausalLM", "LMHeadModel")) for name in config.architectures or ())
     auto = transformers.AutoModelForCausalLM if causal else transformers.AutoModel
-    return auto.from_pretrained(folder, dtype=dtype, trust_remote_code=True).eval(), causal
+    return auto.from_pretrained(folder, dtype=dtype, trust_remote_code=True).eval()
