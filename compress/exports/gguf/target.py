@@ -83,7 +83,7 @@ def _array(values: list[float]) -> np.ndarray[Any, Any]:
 
 
 def _overall(checkpoint: Checkpoint, tensor: Tensor) -> float:
-    """What products with nvfp4 codes are multiplied with; the checkpoint has what scales are divided by."""
+    """Factor of products with nvfp4 codes: one over what the checkpoint divides their scales by."""
     codes = checkpoint.tensor(tensor.name).codes
     assert codes is not None
     assert codes.overall is not None
