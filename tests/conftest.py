@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import gc
 import itertools
 import json
 import os
@@ -63,6 +64,17 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.model)
         else:
             item.add_marker(pytest.mark.unit)
+
+
+# Collecting garbage took a seventh of all time: torch and transformers make a million objects, which every full collection walks.
+gc.disable()  # until all is imported
+
+
+def pytest_collection_finish() -> None:
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(50_000, 20, 100)
+    gc.enable()
 
 
 class _Cpu:
