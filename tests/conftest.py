@@ -7,6 +7,7 @@ import gc
 import itertools
 import json
 import os
+import re
 import shutil
 import sys
 import types
@@ -47,6 +48,9 @@ def _names(functions: tuple[Callable[..., Any], ...]) -> frozenset[str]:
     return frozenset(seen)
 
 
+_DEAREST = re.compile(r"\b(unit|model|process)\b")
+
+
 def _used(item: pytest.Function) -> frozenset[str]:
     """Names that a test, its fixtures (but those of all) and the functions that they call use."""
     known = item._fixtureinfo.name2fixturedefs
@@ -54,9 +58,9 @@ def _used(item: pytest.Function) -> frozenset[str]:
     return _names((item.function, *fixtures)) | set(item.fixturenames)
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark each test by the dearest thing that it uses: `unit`, `model`, `process`."""
-    for item in items:
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Mark each test by the dearest thing that it uses, `unit`, `model`, `process`, where such tests are asked for."""
+    for item in items if _DEAREST.search(config.option.markexpr) else ():
         used = _used(item) if isinstance(item, pytest.Function) else frozenset()
         if used & {"subprocess", "processes", "Process"}:
             item.add_marker(pytest.mark.process)
@@ -64,6 +68,14 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.model)
         else:
             item.add_marker(pytest.mark.unit)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Fixed examples need none of the numbers and words of this package's source, which takes each worker five seconds to read."""
+    if config.getoption("hypothesis_profile", None) is None:
+        from hypothesis.internal.conjecture import providers
+
+        providers.is_local_module_file = lambda path: False
 
 
 # Collecting garbage took a seventh of all time: torch and transformers make a million objects, which every full collection walks.
@@ -139,6 +151,20 @@ def _no_fsync() -> Iterator[None]:
     """The disk is not waited for; where that matters (test_interrupted), processes of their own do."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(os, "fsync", lambda descriptor: None)
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _no_values_on_meta() -> Iterator[None]:
+    """Models on the meta device draw no values: that took a fifth of the time in which a pico model is loaded."""
+    import torch
+
+    def where_it_has_memory(draw: Callable[..., Any]) -> Callable[..., Any]:
+        return lambda tensor, *args, **kwargs: tensor if tensor.is_meta else draw(tensor, *args, **kwargs)
+
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("kaiming_uniform_", "uniform_", "normal_", "ones_", "zeros_"):
+            patch.setattr(torch.nn.init, name, where_it_has_memory(getattr(torch.nn.init, name)))
         yield
 
 

@@ -31,6 +31,7 @@ class _Guard:
 PRELOADED = (
     "torch",
     "transformers.modeling_utils",
+    "transformers.conversion_mapping",
     "transformers.models.auto.modeling_auto",
     "transformers.models.llama.modeling_llama",
     "transformers.tokenization_utils_tokenizers",
@@ -118,8 +119,11 @@ def main() -> None:
     server = socket.socket(fileno=int(sys.argv[1]))
     for name in PRELOADED:
         importlib.import_module(name)
+    # a thousand regular expressions, which the first loading would compile
+    sys.modules["transformers.conversion_mapping"].get_checkpoint_conversion_mapping("llama")
     gc.collect()
     gc.freeze()
+    gc.set_threshold(50_000, 20, 100)
     request = _serve(server)
     os.environ.clear()
     os.environ.update(request["environment"])
