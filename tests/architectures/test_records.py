@@ -55,7 +55,7 @@ def test_cache_bytes_are_zero_for_encoders(family, tmp_path):
     assert size(open_checkpoint(pico.save(tmp_path / "in", family))).kv_bytes_per_token is None
 
 
-@pytest.mark.parametrize("family", pico.FAMILIES)
+@pytest.mark.parametrize("family", pico.families())
 def test_prunable_are_linear_layers_of_blocks_and_experts(family, tmp_path):
     """Not routers, embeddings, convolutions, heads or what is tied to them."""
     checkpoint = open_checkpoint(pico.save(tmp_path / "in", family))
@@ -148,7 +148,7 @@ TIED = [
 ]
 
 
-@pytest.mark.parametrize("said", [True, False])
+@pytest.mark.parametrize("said", [pytest.param(True, marks=pytest.mark.slow), False])
 @pytest.mark.parametrize(("family", "target", "source"), TIED)
 def test_ties_match_stock_class_by_default(family, target, source, said, tmp_path):
     """The aliases are the parameters that the stock class shares and the file leaves out; naming the head means both."""
@@ -168,7 +168,13 @@ def test_ties_match_stock_class_by_default(family, target, source, said, tmp_pat
     assert [t.name for t in pruned.tensors.values() if t.kept is not None] == [source]
 
 
-@pytest.mark.parametrize(("family", "target", "source"), [*TIED, ("t5", "lm_head.weight", "shared.weight")])
+@pytest.mark.parametrize(
+    ("family", "target", "source"),
+    [
+        pytest.param(*case, marks=[] if case[0] in pico.TIER else [pytest.mark.slow])
+        for case in (*TIED, ("t5", "lm_head.weight", "shared.weight"))
+    ],
+)
 def test_ties_read_head_when_embedding_is_left_out(family, target, source, tmp_path):
     folder = pico.save(tmp_path / "in", family)
     state = load_file(folder / "model.safetensors")
@@ -189,7 +195,7 @@ def test_ties_are_absent_in_families_without_them(family, tmp_path):
     check_keys(checkpoint)
 
 
-@pytest.mark.parametrize("family", [row[0] for row in TIED])
+@pytest.mark.parametrize("family", pico.families(row[0] for row in TIED))
 def test_untied_heads_are_tensors_of_their_own(family, tmp_path):
     checkpoint = open_checkpoint(pico.save(tmp_path / "in", family, tie_word_embeddings=False))
     assert [t.name for t in checkpoint.spec.tensors.values() if t.alias_of] == []
@@ -225,7 +231,7 @@ def test_discriminator_has_no_vocabulary_head(tmp_path):
     check_keys(checkpoint)
 
 
-@pytest.mark.parametrize("family", pico.families())
+@pytest.mark.parametrize("family", pico.families(tier=("llama", "gpt2", "bert", "t5")))
 def test_base_class_files_load(family, tmp_path):
     model = transformers.AutoModel.from_config(pico.config(family)).eval()
     model.save_pretrained(tmp_path / "in")
@@ -239,7 +245,7 @@ def test_base_class_files_load(family, tmp_path):
     assert torch.allclose(pico.logits(smaller), pico.logits(model), atol=1e-5)
 
 
-@pytest.mark.parametrize("family", pico.families())
+@pytest.mark.parametrize("family", pico.families(tier=("gpt2", "bloom", "bert", "vit")))
 def test_prefix_may_be_absent_in_files_with_a_head(family, tmp_path):
     """As the first GPT-2 and BLOOM checkpoints do."""
     folder = pico.save(tmp_path / "in", family)

@@ -87,7 +87,7 @@ CASES = {
     "nvfp4-wide bf16": (NVFP4, inputs(ACTIVATIONS["nvfp4-wide"], input_global_scale=(700.0, torch.float32))),
 }
 #: Those that stock transformers reads in `make test`.
-QUICK = ["int8-zero", "int8-tensor-zero", "fp8-tensor mixed", "fp8 whole static", "fp8 whole alone", "nvfp4 bf16"]
+QUICK = ["int8-tensor-zero", "fp8-tensor mixed", "fp8 whole alone", "nvfp4 bf16"]
 OTHERS = [*(name for name in CASES if name not in QUICK), "gpt_neox"]
 
 

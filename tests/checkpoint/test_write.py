@@ -47,7 +47,10 @@ def rewritten(request, tmp_path_factory, stock_outputs):
     ("family", "store"),
     [
         pytest.param(family, store, marks=[] if family in quick else [pytest.mark.slow])
-        for store, quick in (("stock", pico.TIER), ("compact", ("llama", "gpt2", "qwen3_moe", "bert", "t5")))
+        for store, quick in (
+            ("stock", ("llama", "gpt2", "qwen3_moe", "t5", "vit")),
+            ("compact", ("gemma3_text", "phi3", "gpt_neox", "bert")),
+        )
         for family in pico.FAMILIES
     ],
 )

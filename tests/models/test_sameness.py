@@ -33,7 +33,10 @@ def test_same_logits_finds_unused_sliding_window(window, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize("family", pico.families([*CAUSAL, "bert", "t5", "vit", "electra"]))
+@pytest.mark.parametrize(
+    "family",
+    pico.families([*CAUSAL, "bert", "t5", "vit", "electra"], tier=("llama", "gemma3_text", "gpt_neox", "t5", "vit")),
+)
 def test_same_logits_passes_unchanged_models(family, tmp_path):
     changes = {"sliding_window": 4096} if family in ("mistral", "qwen2", "gemma2", "gemma3_text") else {}
     stored = open_checkpoint(pico.save(tmp_path / "in", family, **changes))

@@ -45,8 +45,14 @@ def ids(tmp_path_factory, data):
     return str(path)
 
 
-@pytest.mark.parametrize("then", THEN)
-@pytest.mark.parametrize("first", FIRST)
+@pytest.mark.parametrize(
+    ("first", "then"),
+    [
+        pytest.param(first, then, marks=[pytest.mark.slow] * ((i + j) % 3 > 0))
+        for i, first in enumerate(FIRST)
+        for j, then in enumerate(THEN)
+    ],
+)
 def test_widths_follow_later_passes(odd, tmp_path, first, then, ids):
     recipe = _recipe(odd, tmp_path, first, then, ids)
     plan = compress.plan(recipe)

@@ -38,7 +38,10 @@ def test_words_of_other_tools_name_passes():
     ("store", "family"),
     [
         pytest.param(store, family, marks=[] if family in quick else [pytest.mark.slow])
-        for store, quick in (("stock", pico.TIER), ("compact", ("llama", "gpt2", "qwen3_moe", "t5")))
+        for store, quick in (
+            ("stock", ("llama", "gpt2", "bert", "t5", "vit")),
+            ("compact", ("gemma3_text", "phi3", "qwen3_moe")),
+        )
         for family in pico.FAMILIES
     ],
 )
@@ -96,7 +99,9 @@ def dropped(request, folders, tmp_path_factory, stock_outputs):
     return root, stock_outputs({f: (pico.FAMILIES[f][0], root / f, root / f"{f}.pt") for f in families})
 
 
-@pytest.mark.parametrize("family", pico.families(pico.ONE_LIST))
+@pytest.mark.parametrize(
+    "family", pico.families(pico.ONE_LIST, tier=("llama", "gemma3_text", "gpt_neox", "bert", "vit"))
+)
 def test_remove_layers_matches_bypassed_blocks(family, dropped):
     """The written model is the original with those blocks replaced by the identity, after a stock reload elsewhere."""
     root, outputs = dropped

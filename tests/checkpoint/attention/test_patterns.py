@@ -44,7 +44,10 @@ def short_slices(monkeypatch):
 
 @pytest.mark.parametrize("pattern", PATTERNS, ids=str)
 @pytest.mark.parametrize("masked", [True, False])
-@pytest.mark.parametrize(("tokens", "past"), [(37, 0), (11, 14), (1, 30), (4, 2)])
+@pytest.mark.parametrize(
+    ("tokens", "past"),
+    [(37, 0), pytest.param(11, 14, marks=pytest.mark.slow), (1, 30), pytest.param(4, 2, marks=pytest.mark.slow)],
+)
 def test_equals_the_slow_twin_with_logits(pattern, masked, tokens, past, short_slices):
     query, key, value = tensors(2, tokens, tokens + past)
     for logits in (None, torch.tensor([0.5, -1e4, 2.0, -1.0])):
@@ -72,7 +75,7 @@ def test_gradients_are_those_of_the_definition(pattern, masked, short_slices):
 
 
 @pytest.mark.parametrize("pattern", PATTERNS, ids=str)
-@pytest.mark.parametrize(("tokens", "past"), [(29, 0), (9, 14), (1, 22)])
+@pytest.mark.parametrize(("tokens", "past"), [pytest.param(29, 0, marks=pytest.mark.slow), (9, 14), (1, 22)])
 def test_padding_hides_tokens_and_moves_the_first_ones(pattern, tokens, past, short_slices):
     query, key, value = tensors(3, tokens, tokens + past)
     padding = torch.ones(3, tokens + past, dtype=torch.long)

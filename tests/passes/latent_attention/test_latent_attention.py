@@ -53,7 +53,7 @@ CASES = {
     "smollm3": ("smollm3", {"no_rope_layers": [1, 1, 1, 1]}, "minicpm3"),
 }
 #: Those that others hold the parts of: further families and scalings of positions, the other target.
-SLOW = {"one key", "biases, deepseek", "linear", "mistral", "qwen2, deepseek", "smollm3"}
+SLOW = CASES.keys() - {"llama", "own keys for each head", "biases", "yarn"}
 STEPWISE = """
 import json, torch
 from transformers import AutoModelForCausalLM

@@ -18,9 +18,9 @@ from tests.toolbox import GROUPS, apply, output_error, plan, write
 METHODS = ["wanda", "sparsegpt", "alps"]
 #: Family, settings ▶ the methods of `make test`.
 PLANNED = {
-    ("llama", "sparsity"): ["wanda", "alps"],
+    ("llama", "sparsity"): ["alps"],
     ("llama", "pattern"): ["sparsegpt"],
-    ("gpt2", "pattern"): ["wanda", "alps"],
+    ("gpt2", "pattern"): ["wanda"],
     ("bert", "sparsity"): ["sparsegpt"],
     ("qwen3_moe", "sparsity"): ["wanda"],
     ("gpt2", "sparsity"): [],
@@ -109,11 +109,9 @@ def test_part_of_an_epoch_takes_its_part_of_the_steps(data, tmp_path):
 
 
 @pytest.mark.parametrize("method", [pytest.param(m, marks=[pytest.mark.slow] * (m != "sparsegpt")) for m in METHODS])
-def test_calibrated_methods_keep_an_earlier_mask(method, folders, data, tmp_path):
-    half = write(
-        apply(open_checkpoint(folders["llama"]), "prune_unstructured", method="magnitude", sparsity=0.5),
-        tmp_path / "half",
-    )
+def test_calibrated_methods_keep_an_earlier_mask(method, data, tmp_path):
+    whole = open_checkpoint(pico.folder("llama", num_hidden_layers=2))
+    half = write(apply(whole, "prune_unstructured", method="magnitude", sparsity=0.5), tmp_path / "half")
     for i, settings in enumerate(({"sparsity": 0.7}, {"pattern": "2:4"}, {"sparsity": 0.3, "allow_noop": True})):
         more = apply(
             half,
