@@ -21,7 +21,7 @@ CALIBRATION = Batches(torch.arange(8 * 16).view(8, 16) % 60 + 4)
     [
         ("llama", {"weights": "trellis2", "method": "rtn"}),
         pytest.param("llama", {"weights": "trellis3", "reconstruction_epochs": 1}, marks=pytest.mark.slow),
-        ("gpt2", {"weights": "trellis4", "reconstruction_epochs": 0}),
+        pytest.param("gpt2", {"weights": "trellis4", "reconstruction_epochs": 0}, marks=pytest.mark.slow),
     ],
     ids=str,
 )

@@ -200,7 +200,7 @@ def test_prune_structured_resumes_between_blocks(tmp_path, monkeypatch):
     from compress.passes.prune_structured import block
 
     original = open_checkpoint(pico.save(tmp_path / "in", "llama", with_tokenizer=False))
-    settings = {"layers": [2], "mlp": "25%", "heads": 2, "reconstruction_epochs": 2}
+    settings = {"layers": [2], "mlp": "25%", "heads": 2, "reconstruction_epochs": 1}
     whole = smaller(original, tmp_path / "whole", **settings)
     real, calls = block.prune_block_width, []
 
