@@ -111,7 +111,7 @@ def call(hub, tmp_path):
     """A command in a process whose hub is that server and whose cache is empty."""
 
     def run(*arguments, cold=False):
-        environment = {k: v for k, v in os.environ.items() if not k.startswith("HF_")}
+        environment = {k: v for k, v in os.environ.items() if not k.startswith(("HF_", "TRANSFORMERS_OFFLINE"))}
         environment |= {
             "HF_ENDPOINT": f"http://127.0.0.1:{hub.server_port}",
             "HF_HOME": str(tmp_path / "cache"),
