@@ -60,7 +60,7 @@ def measure_tasks(
     with started(run, environment, "tasks of lm-eval") as worker:
         worker.send(command)
         try:
-            answer = worker.answer()
+            answer = worker.answer(patience=None)  # a task may take hours
         except CheckpointError as error:
             raise CompressError(error.what, where="evaluate.lm_eval") from None
     return answer

@@ -27,16 +27,20 @@ class Worker:
         self.errors = errors
         self.what = what
 
-    def answer(self) -> dict[str, Any]:
+    def answer(self, patience: float | None = PATIENCE) -> dict[str, Any]:
         """The next answer.
+
+        Args:
+            patience: seconds after which the process is killed; None waits for any time.
 
         Raises:
             CheckpointError: the process says that it cannot. ResourceError: memory is short.
             CompressError: it ended, with its last words.
         """
         assert self.process.stdout is not None
-        timer = threading.Timer(PATIENCE, self.process.kill)
-        timer.start()
+        timer = threading.Timer(patience or 0, self.process.kill)
+        if patience is not None:
+            timer.start()
         try:
             line = self.process.stdout.readline()
         finally:

@@ -25,8 +25,12 @@ def summary(sweep: Mapping[str, Any]) -> str:
     return f"{len(trials)} trial{'s' if len(trials) != 1 else ''}: {parts}; {result}"
 
 
-def notes(sweep: Mapping[str, Any]) -> list[str]:
-    """Sentences on the table: the nearest trial where none passed, shared stages, the smaller evaluation."""
+def notes(sweep: Mapping[str, Any], *, intervals: bool = True) -> list[str]:
+    """Sentences on the table: the nearest trial where none passed, shared stages, the smaller evaluation.
+
+    Args:
+        intervals: the table has them.
+    """
     made = []
     if (trial := nearest(sweep)) is not None:
         failed = next((gate for gate in trial["gates"] if gate["verdict"] == "fail"), None)
@@ -37,7 +41,7 @@ def notes(sweep: Mapping[str, Any]) -> list[str]:
         if pruned:
             least = min(pruned, key=lambda trial: trial["excess"])
             made.append(f"nearest: trial {least['number']} ({_values(least)}): {least['message']}")
-    if sweep["front"] and _has_intervals(sweep):
+    if intervals and sweep["front"] and _has_intervals(sweep):
         made.append("in brackets: the interval of each value; values whose intervals overlap may not differ")
     if lacking := sum(trial["lack"] for trial in sweep["trials"]):
         trials = f"{lacking} trial{'s' if lacking > 1 else ''}"
@@ -109,9 +113,10 @@ def _goal(sweep: Mapping[str, Any], trial: Mapping[str, Any], goal: str, interva
 
 
 def outcome(trial: Mapping[str, Any]) -> str:
-    """The fate of a trial in words: front, beaten, a gate failed, not run."""
+    """The fate of a trial in words: front, beaten, a gate failed, not run; `failures` has the reasons of those that failed."""
     if trial["front"]:
         return "front"
     if trial["state"] in _STATES:
-        return _STATES[trial["state"]] + (f": {trial['message']}" if trial["message"] else "")
+        more = f": {trial['message']}" if trial["state"] == "pruned" else ""
+        return _STATES[trial["state"]] + more
     return _VERDICTS.get(trial["verdict"], "beaten")

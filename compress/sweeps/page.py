@@ -9,7 +9,7 @@ from typing import Any, Literal
 from compress.report.html.page import Cells, figure_of, style, template
 from compress.report.pictures.front import Axis, TrialPoint, front_picture
 from compress.report.pictures.svg import Picture
-from compress.sweeps.figures import front_cells, front_columns, notes, summary, trial_cells
+from compress.sweeps.figures import failures, front_cells, front_columns, notes, summary, trial_cells
 from compress.sweeps.goals import text
 
 
@@ -27,6 +27,7 @@ def render_sweep(sweep: Mapping[str, Any], recipes: Sequence[tuple[str, str]]) -
         front=Cells(names, front_cells(sweep, intervals=True), right=sorted(right)),
         trials=Cells([*names, "outcome"], trial_cells(sweep), right=sorted(right)),
         notes=notes(sweep),
+        failures=failures(sweep),
         recipes=recipes,
         style=style(charts=False),
     )

@@ -16,6 +16,7 @@ from compress.checkpoint.open import open_headers
 from compress.errors import EXIT_GATE_FAILED, EXIT_INCONCLUSIVE, EXIT_OK, EXIT_RESOURCES, CompressError
 from compress.evaluation.tasks import task_of
 from compress.files import remove, write_atomically
+from compress.pipeline.folder import RunFolder
 from compress.pipeline.preflight import planned_gates
 from compress.pipeline.shared import SharedWork
 from compress.planning import Plan, make_plan, opened_size
@@ -141,8 +142,7 @@ class TrialRuns:
             SharedWork.at(self.study.shared).drop(Path(report["stages"][-1]["folder"]).name)
 
     def _report_path(self, trial: SweepTrial) -> Path:
-        output = self.output(trial)
-        return output.with_name(f"{output.name}.run") / "report.json"
+        return RunFolder.of(self.output(trial)).report
 
     def _report(self, trial: SweepTrial) -> dict[str, Any] | None:
         from compress import report as reports
@@ -189,11 +189,15 @@ class TrialRuns:
         head = f"# Trial {trial.number} of {self.study.path.name}: {described(self.study, trial.values)}\n"
         return head + to_yaml(self.mapping(trial, part))
 
+    def thin(self, trial: SweepTrial) -> None:
+        """Remove the stages of a trial; its checkpoint stays."""
+        remove(RunFolder.of(self.output(trial)).stages)
+
     def forget(self, trial: SweepTrial) -> None:
         """Remove the checkpoints of a trial; its report, recipe and log stay."""
         output = self.output(trial)
         remove(output)
-        remove(output.with_name(f"{output.name}.run"))
+        remove(RunFolder.of(output).path)
 
 
 def beside(path: Path, folder: Path) -> str:

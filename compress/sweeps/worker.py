@@ -166,9 +166,11 @@ def _tidy(trials: TrialRuns, known: list[SweepTrial]) -> None:
 
 
 def finish(trials: TrialRuns) -> None:
-    """Remove the shared stages of a sweep that has ended; the front has its own links."""
-    if trials.study.search.sweep.keep == "front":
+    """Remove the stages of a sweep that has ended, shared ones and those of trials: checkpoints and reports stay."""
+    if trials.study.search.sweep.keep == "front" and not unfinished(trials.study, trials.study.trials()):
         remove(trials.study.shared / "stages")
+        for trial in trials.study.trials():
+            trials.thin(trial)
 
 
 def told(study: Study, trial: SweepTrial, known: Sequence[SweepTrial]) -> str:

@@ -17,6 +17,8 @@ from compress.recipe.problems import Origin, Problem, plain
 from compress.sweeps.study import Study
 from compress.sweeps.worker import News, unfinished
 
+#: Minutes of a job; submitit's default is 5.
+_MINUTES = 24 * 60
 #: Seconds between two looks at jobs.
 _WAIT = 2.0
 _CLUSTERS = ("slurm", "local")
@@ -80,7 +82,7 @@ def run_jobs(study: Study, count: int, cluster: str, options: dict[str, Any], pr
 
     executor = submitit.AutoExecutor(folder=study.path / "jobs", cluster=cluster)
     try:
-        executor.update_parameters(**options)
+        executor.update_parameters(**{"timeout_min": _MINUTES, **options})
         jobs = [executor.submit(submitit.helpers.CommandFunction(_command(study))) for _ in range(count)]
     except (RuntimeError, NameError, TypeError, ValueError, OSError) as error:
         raise CompressError(f"submitit: {str(error).splitlines()[0]}", where="--submit") from None

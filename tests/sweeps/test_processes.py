@@ -122,7 +122,7 @@ def test_command_runs_each_trial_as_a_process(sweep, tmp_path):
 def test_two_workers_end_with_the_front_of_one(sweep, tmp_path, options):
     if options:
         pytest.importorskip("submitit")
-    path = recipe(sweep, tmp_path, {"search": ["30%", "50%"]})
+    path = recipe(sweep, tmp_path, {"search": {"choices": ["30%", "50%"]}})
     done = command(path, "--workers", 2, *options, "--json")
     assert done.returncode == 0, done.stderr
     made = json.loads(done.stdout)

@@ -9,6 +9,8 @@ from compress.cli.tables.layout import STYLES, make_console, print_line, print_t
 from compress.sweeps.figures import failures, front_cells, front_columns, notes, summary
 from compress.tabular import Column
 
+#: Columns of a terminal that have room for intervals.
+_WIDE = 100
 #: Reasons of failed trials that are shown.
 _FAILED = 3
 
@@ -20,9 +22,10 @@ def print_sweep(document: Mapping[str, Any]) -> None:
     print_line(console, summary(document), STYLES.get(document["status"], ""), whole=True)
     names, right = front_columns(document)
     columns: list[Column] = [(name, "right") if i in right else (name, "whole") for i, name in enumerate(names)]
-    if rows := front_cells(document, intervals=console.width >= 100):
+    intervals = console.width >= _WIDE
+    if rows := front_cells(document, intervals=intervals):
         print_table(console, None, columns, rows)
-    for note in notes(document):
+    for note in notes(document, intervals=intervals):
         print_line(console, note, "dim")
     reasons = failures(document)
     for line in reasons[:_FAILED]:
