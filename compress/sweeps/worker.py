@@ -132,9 +132,13 @@ def _refused(trials: TrialRuns, trial: SweepTrial, known: Sequence[SweepTrial]) 
 
 
 def candidates(study: Study, trials: Sequence[SweepTrial]) -> list[SweepTrial]:
-    """The front by the part that every trial begins with. A smaller evaluation leaves out only those whose gates failed."""
+    """The front by the part that every trial begins with. A smaller evaluation leaves out only those whose gates failed.
+
+    A trial that did not pass in full is out, so that those that it beat are evaluated.
+    """
     sweep, proxy = study.search.sweep, study.first_part == "proxy"
     judged = [t for t in trials if t.first.feasible or (proxy and t.first.verdict == "inconclusive")]
+    judged = [t for t in judged if t.running or t.last.feasible or len(t.parts) == 1]
     return [judged[i] for i in front([losses(trial.first.goals, sweep) for trial in judged])]
 
 

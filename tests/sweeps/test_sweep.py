@@ -6,14 +6,19 @@ import itertools
 import json
 import shutil
 import time
+from types import SimpleNamespace
 
 import pytest
 
 from compress.errors import CompressError, OutputError
+from compress.pipeline.run import run
 from compress.recipe import load_recipe
+from compress.recipe.sweep import Proxy, Sweep
 from compress.sweeps.figures import notes
 from compress.sweeps.front import dominates, front
 from compress.sweeps.run import join_sweep, run_sweep
+from compress.sweeps.study import Outcome, SweepTrial
+from compress.sweeps.worker import best, candidates
 from tests.sweeps.conftest import in_process
 
 BYTES = {"int8": 800, "int4": 400, "int3": 300}
@@ -157,6 +162,22 @@ def test_only_the_front_of_the_proxy_is_evaluated_in_full(sweep, imagined, tmp_p
     assert len(runner.recipes) == 9 + len(full)
 
 
+def test_trial_that_fails_in_full_leaves_its_place_to_the_next():
+    sweep = Sweep(minimize=("size", "kl"), proxy=Proxy(max_documents=2))
+    study = SimpleNamespace(search=SimpleNamespace(sweep=sweep), first_part="proxy")
+
+    def trial(number, bytes_, loss):
+        goals = {"size": (bytes_,) * 3, "kl": (loss,) * 3}
+        return SweepTrial(number, {}, parts={"proxy": Outcome("done", "inconclusive", goals=goals)})
+
+    trials = [trial(1, 1, 0.5), trial(2, 2, 0.5), trial(3, 3, 0.1)]
+    assert [t.number for t in candidates(study, trials)] == [1, 3]
+    trials[0].parts["full"] = Outcome("done", "failed", goals=trials[0].first.goals)
+    trials[2].parts["full"] = Outcome("done", "passed", goals=trials[2].first.goals)
+    assert [t.number for t in candidates(study, trials)] == [2, 3]
+    assert [t.number for t in best(study, trials)] == [3]
+
+
 def test_study_of_another_recipe_is_refused(sweep, imagined, tmp_path):
     run_sweep(sweep(tmp_path, trials=1), runner=imagined(size, kl))
     with pytest.raises(OutputError, match=r"out.sweep: holds the sweep of another recipe: `sweep` differ"):
@@ -218,3 +239,5 @@ def test_earlier_passes_run_once_for_all_settings_of_the_last(sweep, tmp_path):
         for path in sorted((tmp_path / "out.sweep/trials").glob("*/report.json"))
     ]
     assert len({stage["content"] for stage in first}) == 1
+    assert not list((tmp_path / "out.sweep").rglob("stages"))
+    assert run(load_recipe(next((tmp_path / "out.sweep/front").iterdir()))).nothing_to_do
