@@ -56,7 +56,10 @@ def _measure(command: Mapping[str, Any]) -> dict[str, Any]:
         log_samples=True,
     )
     assert result is not None
-    return {"version": lm_eval.__version__, "tasks": {name: _task(result, name) for name in sorted(result["samples"])}}
+    measured = {name: _task(result, name) for name in sorted(result["samples"])}
+    if empty := [name for name, task in measured.items() if not task["metrics"]]:
+        return {"error": f"{empty[0]}: lm-eval computes none of its metrics; `metric_list` of the task names them"}
+    return {"version": lm_eval.__version__, "tasks": measured}
 
 
 def _meant(name: str, names: Sequence[str]) -> str:
@@ -103,7 +106,7 @@ def _words(error: Exception, command: Mapping[str, Any]) -> str:
     if any(word in names.replace(" ", "") for word in _ABSENT):
         return f"{tasks}: data of a task are not on this machine and cannot be fetched; fetch them once with a network"
     text = " ".join(str(error).split())[:200]
-    return f"{tasks}: {type(error).__name__}: {text}"
+    return f"{tasks}: {type(error).__name__}{f': {text}' if text else ' in lm-eval'}"
 
 
 if __name__ == "__main__":

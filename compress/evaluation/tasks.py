@@ -164,6 +164,15 @@ def check_speed(class_name: str | None, config: Mapping[str, Any], wanted: Colle
         raise CompressError(f"latency is measured on one text, and {model} reads two", fix=fix)
 
 
+def check_predicts_text(class_name: str | None, wanted: Collection[str]) -> None:
+    """Raise `CompressError` if tasks of lm-eval are asked of a model that does not predict text."""
+    if "lm_eval" in wanted and (task := task_of(class_name)) is not LANGUAGE:
+        raise CompressError(
+            f"tasks of lm-eval are for models that predict text, and {class_name or 'this model'} is for {task.name}",
+            fix="leave out `lm_eval`",
+        )
+
+
 def check_streaming(class_name: str | None, streaming: bool) -> None:
     """Raise `DataError` if text is to be streamed through a model that is not a causal language model."""
     if streaming and (task := task_of(class_name)) is not LANGUAGE:

@@ -19,6 +19,7 @@ from compress.evaluation.lm_eval_settings import LmEvalSettings
 from compress.evaluation.scorer import Scorer
 from compress.evaluation.tasks import OF_PASSES, SPEED_METRICS, TEXT_METRICS
 from compress.files import sha256
+from compress.models.processors import check_has_tokenizer
 from compress.pipeline.datasets import DataSets
 from compress.pipeline.fingerprint import fingerprint, hash_input, versions
 from compress.pipeline.folder import RunFolder
@@ -72,6 +73,7 @@ class Evaluations:
         if "lm_eval" in self.recipe.metrics:
             check_lm_eval(self._lm_eval)
             assert original.folder is not None
+            check_has_tokenizer(original.folder)
             self.original_tasks = self._tasks(self._input, original.folder, compact=False)
 
     @property

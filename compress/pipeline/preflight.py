@@ -185,7 +185,8 @@ def check_tokenizer(recipe: Recipe, folder: Path) -> None:
     if TEXT_METRICS & set(recipe.metrics):
         needed.add("evaluation")
     sections = [getattr(recipe.data, name) for name in needed]
-    if any(section is not None and section.files and not holds_ids(section.files[0]) for section in sections):
+    of_files = any(section is not None and section.files and not holds_ids(section.files[0]) for section in sections)
+    if of_files or "lm_eval" in recipe.metrics:
         check_has_tokenizer(folder)
 
 

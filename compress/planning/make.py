@@ -14,7 +14,14 @@ from compress.checkpoint.storage.compressed_tensors.loaders import stock_holds
 from compress.checkpoint.storage.compressed_tensors.servers import VLLM, refusals
 from compress.checkpoint.store import Store, needs_code, with_storage
 from compress.errors import PassError, located
-from compress.evaluation.tasks import check_images, check_metrics, check_sounds, check_speed, task_of
+from compress.evaluation.tasks import (
+    check_images,
+    check_metrics,
+    check_predicts_text,
+    check_sounds,
+    check_speed,
+    task_of,
+)
 from compress.memory import compares_logits
 from compress.passes.base import EDITS, accepted_values, chosen_by_effort
 from compress.planning.plan import Plan, PlannedPass, PlannedStage
@@ -48,6 +55,8 @@ def _check_evaluation(recipe: Recipe, spec: Spec) -> None:
     if evaluation is not None:
         with located("data.evaluation"):
             check_metrics(name, recipe.metrics, given=evaluation.given)
+    with located("evaluate.lm_eval"):
+        check_predicts_text(name, recipe.metrics)
     check_speed(spec.structure.class_name, spec.structure.config, recipe.metrics)
     if evaluation is not None and recipe.metrics:
         model_map(spec).require_class("leave out `data.evaluation`, or set `evaluate: []`")

@@ -51,6 +51,8 @@ def run_sweep(
     study = Study.begin(path.with_name(f"{path.name}.sweep"), search, plain(search.written))
     runs, shown = TrialRuns(study, runner), progress or SilentProgress()
     study.again()
+    if workers > 1 and submit != "slurm" and {"latency", "throughput"} & set(search.recipe.metrics):
+        shown.message("times are measured beside other trials, so they vary more than with `--workers 1`")
     if submit is not None:
         run_jobs(study, workers, submit, options, shown)
     else:

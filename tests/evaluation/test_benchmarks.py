@@ -80,6 +80,18 @@ def test_recipe_names_the_tasks_of_its_gates():
         load([], {"task": "arc_hard", "max_drop": 1})
 
 
+def test_tasks_are_refused_of_a_model_that_predicts_no_text(tmp_path):
+    def planned(family, **changes):
+        entry = {"lm_eval": {"tasks": ["arc_easy"]}}
+        recipe = {"passes": [{"cast": {"weights": "bf16"}}], "evaluate": [entry], "output": str(tmp_path / "out")}
+        compress.check({**recipe, "model": str(pico.folder(family, **changes))})
+
+    with pytest.raises(CompressError, match="BertForMaskedLM is for masked language modelling"):
+        planned("bert")
+    with pytest.raises(CompressError, match="has no tokenizer"):
+        planned("llama", with_tokenizer=False)
+
+
 def test_lm_eval_that_is_not_installed_is_named(monkeypatch):
     monkeypatch.setattr(benchmarks, "find_spec", lambda name: None)
     with pytest.raises(CompressError, match=r"needs lm-eval; pip install 'compress-toolkit\[lm-eval\]'"):
@@ -132,6 +144,30 @@ def test_numbers_equal_those_of_its_own_command(tmp_path):
     )
     (own,) = (tmp_path / "own").rglob("results_*.json")
     assert json.loads(own.read_text())["results"]["local_choice"]["acc,none"] == measured["metrics"]["acc"]
+
+
+BAD = {
+    "task: [a": "ParserError",
+    TASK.replace("test_split: test", "test_split: nope"): "KeyError: 'nope'",
+    TASK.replace("metric: acc", "metric: accu"): "local_choice: lm-eval computes none of its metrics",
+    TASK.replace("choices}", "choicez}"): "'choicez' is undefined",
+    "- 1": "Expected YAML dict",
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("text", BAD)
+def test_wrong_file_of_a_task_is_one_line(text, tmp_path):
+    pytest.importorskip("lm_eval")
+    (tmp_path / "rows.jsonl").write_text(json.dumps({"text": "a", "choices": ["b", "c"], "answer": 0}))
+    (tmp_path / "task.yaml").write_text(
+        text.format(file=tmp_path / "rows.jsonl") if text.startswith("task: local") else text
+    )
+    options = {"dtype": "float32", "device": "cpu", "trust_remote_code": False, "offline": True}
+    with pytest.raises(CompressError) as caught:
+        benchmarks.measure_tasks(pico.folder("llama"), LmEvalSettings(tasks=(str(tmp_path / "task.yaml"),)), **options)
+    assert BAD[text] in str(caught.value)
+    assert "\n" not in str(caught.value)
 
 
 @pytest.mark.slow

@@ -71,9 +71,9 @@ def diff_runs(paths: Sequence[str], *, json: bool) -> None:
 
 
 def are_runs(paths: Sequence[str]) -> bool:
-    """Whether `diff` compares runs: there are more than two, or each is a run folder, a trial of a sweep or a report."""
+    """Whether `diff` compares runs: there are more than two, or one is a run folder, a trial of a sweep or a report."""
     places = [Path(path) for path in paths]
-    return len(paths) > 2 or all((place / "report.json").is_file() or place.suffix == ".json" for place in places)
+    return len(paths) > 2 or any((place / "report.json").is_file() or place.suffix == ".json" for place in places)
 
 
 def unpack(checkpoint: str, output: Path, *, max_shard_size: str, code: Code, quiet: bool) -> None:
