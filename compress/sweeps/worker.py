@@ -102,9 +102,12 @@ def _next(trials: TrialRuns, known: list[SweepTrial], news: News) -> Claim | Lit
 
 
 def check_alike(known: Sequence[SweepTrial]) -> None:
-    """Raise `CompressError` if the first trials that ran failed for one reason: the others would too."""
+    """Raise `CompressError` if the first trials that ran failed for one reason: the others would too.
+
+    Memory and disk are no such reason: a later trial may need less.
+    """
     ended = [trial.last for trial in known if trial.last.seconds]
-    if len(ended) < _ALIKE or any(outcome.state != "failed" for outcome in ended):
+    if len(ended) < _ALIKE or any(outcome.state != "failed" or outcome.lack for outcome in ended):
         return
     if len({re.sub(r"\d+", "", outcome.message or "") for outcome in ended[:_ALIKE]}) == 1:
         raise CompressError(
