@@ -2,8 +2,9 @@
 
 For each ratio of bytes: `fit`, what `compress fit` finds, and recipes of one family that keep the same bound: `bits` (a cast
 with dense tables of tokens), `bits and tables` (a cast with tables of 8, and of 4 bits), `depth`, `width` and `sparsity` (the
-least amount that keeps it). All are made with `--effort` and the compact store, and scored as benchmarks/scoring.py says. A
-section of docs/benchmarks.md, with a picture. What is done is kept in --results, where a run that was stopped goes on.
+least amount that keeps it). All are made with `--effort` and the compact store, and scored as benchmarks/scoring.py says.
+`peer`: other tools' codes and masks of the same model (`make bench-peers`), with the bytes that the compact store takes for
+them. A section of docs/benchmarks.md, with a picture. What is done is kept in --results, where a run that was stopped goes on.
 """
 
 from __future__ import annotations
@@ -24,6 +25,8 @@ sys.path.insert(0, str(ROOT))
 
 from benchmarks import page, scoring  # noqa: E402
 
+#: Scores of a row, with their formats.
+_SCORES = (("rise", "+.4f"), ("kl", ".4f"), ("bits_per_byte", ".4f"), ("second_rise", "+.4f"))
 #: Steps of an amount that is searched.
 _STEPS = 40
 
@@ -82,6 +85,23 @@ def fitted(args: argparse.Namespace, most: int, folder: Path) -> tuple[Path, str
     return done.run.checkpoint, f"{done.document['text']}, {done.document['chosen']['bits']:.2f} bits"
 
 
+def peers(model: str, sizes: Any) -> list[dict[str, Any]]:
+    """Rows of other tools: codes of one integer format, and masks."""
+    rows = []
+    for peer in page.known_peers(model):
+        amount = peer["amount"]
+        if amount.startswith("int"):
+            entry: dict[str, Any] = {"cast": {"weights": amount}}
+        elif amount.endswith("%"):
+            entry = {"prune_unstructured": {"sparsity": amount}}
+        else:
+            continue
+        size = sizes.bytes(sizes.planned([entry]))
+        what = f"{peer['tool']}, {peer['method']} {amount}"
+        rows.append({**peer, "way": "peer", "what": what, "bytes": size, "ratio": size / sizes.bytes(sizes.spec)})
+    return rows
+
+
 def picture(rows: list[dict[str, Any]], name: str) -> str:
     """The file of the picture, below docs."""
     from compress.report.pictures.front import Axis, TrialPoint, front_picture
@@ -95,6 +115,7 @@ def picture(rows: list[dict[str, Any]], name: str) -> str:
             "front" if row["way"] == "fit" else "beaten",
         )
         for i, row in enumerate(rows, 1)
+        if "kl" in row
     ]
     drawn = front_picture(
         points,
@@ -152,7 +173,7 @@ def main() -> None:
             rows.append({"ratio": ratio, "way": way, "what": what, "bytes": size, "cpu": _cpu() - before, **figures})
             file.write_text(json.dumps(rows))
             print(*rows[-1].values(), flush=True)
-    page.deliver(args.section, _section(args, parser, texts, rows))
+    page.deliver(args.section, _section(args, parser, texts, [*rows, *peers(args.model, sizes)]))
 
 
 def _cpu() -> float:
@@ -165,15 +186,10 @@ def _section(args: argparse.Namespace, parser: Any, texts: scoring.HeldOut, rows
     cells = []
     for row in sorted(rows, key=lambda row: (-row["ratio"], row["way"] != "fit")):
         passes = row["what"].strip("{}").replace("'", "")
-        scores = [
-            f"{row['rise']:+.4f}",
-            f"{row['kl']:.4f}",
-            f"{row['bits_per_byte']:.4f}",
-            f"{row['second_rise']:+.4f}",
-        ]
-        cells.append(
-            [f"{100 * row['ratio']:g} %", row["way"], passes, f"{row['bytes']:,}", *scores, f"{row['cpu']:.0f}"]
-        )
+        scores = [format(row[key], form) if key in row else "–" for key, form in _SCORES]
+        spent = row.get("cpu", row.get("cpu_s"))
+        end = "–" if spent is None else f"{spent:.0f}"
+        cells.append([f"{100 * row['ratio']:.3g} %", row["way"], passes, f"{row['bytes']:,}", *scores, end])
     head = ["bound", "way", "passes", "bytes", "ΔNLL", "KL", "bits per byte", "ΔNLL, second text", "CPU s"]
     section = [
         f"## Within a bound: {model}",

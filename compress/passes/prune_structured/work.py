@@ -43,14 +43,14 @@ def structured_work(spec: Spec, settings: PruneStructuredSettings, size: SampleS
 def _choice(spec: Spec, count: int, importance: str, size: SampleSize) -> Work:
     """Work of choosing blocks.
 
-    What leaves a race when is known afterwards. By experience a race is as long as if every block were tried on the samples of
-    its first round, and one block and an eighth of all on all samples.
+    What leaves a race when is known afterwards. By experience (183, 148 and 75 samples on SmolLM2 and two models of six blocks)
+    all races are as long as if every block were tried on two samples, and one set of each race on all.
     """
     if importance == "block_influence":
         return model_work(spec, size)
     depth, result = model_map(spec).depth, Work()
     races = count + (count > 1)
-    samples = 4 * depth + races * (1 + depth / 8) * TRIAL_SAMPLES
+    samples = 2 * depth + races * TRIAL_SAMPLES
     one = SampleSize(1, size.length)
     result.add_all(model_work(spec, one, 1 / 2), samples)
     result.add_all(prediction_work(spec, size.length), samples)
