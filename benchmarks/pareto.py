@@ -136,6 +136,7 @@ def main() -> None:
     scoring.options(parser)
     parser.add_argument("--ratios", nargs="+", type=float, default=[0.6, 0.4, 0.3, 0.2, 0.1])
     parser.add_argument("--effort", default="balanced", choices=["fast", "balanced", "best"])
+    parser.add_argument("--ways", nargs="+", help="all by default")
     parser.add_argument("--finalists", type=int, default=3)
     parser.add_argument("--samples", type=int, default=64)
     parser.add_argument("--results", type=Path, help="folder of what is done")
@@ -154,7 +155,7 @@ def main() -> None:
     for ratio in args.ratios:
         most = int(ratio * whole)
         for way, entry in [("fit", {}), *single(sizes, most, args.effort)]:
-            if any(row["ratio"] == ratio and row["way"] == way for row in rows):
+            if (args.ways and way not in args.ways) or any((r["ratio"], r["way"]) == (ratio, way) for r in rows):
                 continue
             before, output, what = _cpu(), folder / "out", str(next(iter(entry.values()), ""))
             shutil.rmtree(output, ignore_errors=True)
