@@ -38,6 +38,19 @@ def amounts(family: FamilyName, spec: Spec) -> list[Concession]:
     return list(_WEIGHTS) if family == "sparsity" else list(_TABLES)
 
 
+def at_least(family: FamilyName, measured: Mapping[Concession, float], amount: Concession, spec: Spec) -> float:
+    """The least divergence that a larger amount can be expected to have: each further part costs no less than the earlier ones.
+
+    Args:
+        measured: smaller amounts and their divergences, at least one.
+    """
+    last, cost = list(measured.items())[-1]
+    if isinstance(last, str) or isinstance(amount, str):
+        return cost
+    before, now = (model_map(spec).depth - each if family == "sharing" else each for each in (last, amount))
+    return cost * now / before
+
+
 def tables(spec: Spec) -> list[str]:
     """Modules of the tables of tokens and of the head, those that store weights."""
     return list(dict.fromkeys(t.module for t in model_map(spec).tables))

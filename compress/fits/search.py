@@ -12,7 +12,7 @@ from compress import passes
 from compress.architectures.model_map import model_map
 from compress.checkpoint.store import Store
 from compress.errors import CompressError, PassError
-from compress.fits.families import Choice, Concession, Making, amounts, tables, text
+from compress.fits.families import Choice, Concession, Making, amounts, at_least, tables, text
 from compress.fits.rank import Curve, Ranked, Weights, finalists, ranked
 from compress.fits.trials import TrialRunner, Tried
 from compress.formatting import format_bytes
@@ -256,6 +256,8 @@ class Search:
             if self.sizes.weights({family: amount}) is None:
                 continue
             best = self._best()
+            if measured and at_least(family, measured, amount, self.spec) >= min(best, _USELESS):
+                break
             tried = self._try(text({family: amount}, self.spec), self._alone(family, amount))
             if tried is None:
                 self.left_out.setdefault(family, "its pass refuses this model")

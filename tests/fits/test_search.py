@@ -6,7 +6,7 @@ import pytest
 
 from compress.checkpoint.open import open_headers
 from compress.errors import CompressError
-from compress.fits.families import Making, amounts, tables
+from compress.fits.families import Making, amounts, at_least, tables
 from compress.fits.rank import Curve, combinations
 from compress.fits.search import PlannedBytes, Search
 from compress.progress import SilentProgress
@@ -69,3 +69,18 @@ def test_a_bound_out_of_reach_names_the_least(sizes):
 
 def _least(error):
     return float(str(error.value).split(": ")[2].split()[0])
+
+
+@pytest.mark.parametrize(
+    ("family", "measured", "amount", "least"),
+    [
+        ("depth", {1: 0.1, 2: 0.3}, 4, 0.6),
+        ("width", {0.125: 0.2}, 0.25, 0.4),
+        ("sharing", {2: 0.2}, 1, 0.3),  # of four blocks, two and three are not stored
+        ("embeddings", {"int8": 0.1, "int6": 0.2}, "int4", 0.2),
+    ],
+)
+def test_more_of_a_family_costs_no_less_for_each_part(family, measured, amount, least):
+    folder = pico.folder("llama", num_hidden_layers=4)
+    spec, _ = open_headers(folder)
+    assert at_least(family, measured, amount, spec) == pytest.approx(least)
