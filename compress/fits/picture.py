@@ -34,7 +34,7 @@ def costs_picture(document: Mapping[str, Any]) -> Picture | None:
     parts.append(text(WIDTH - _RIGHT, _HEIGHT - 12, "bytes of the weight files", anchor="end"))
     bound = across(document["bound"])
     parts.append(f'<path class="fail-line" d="M{bound:.1f} {_TOP}V{_HEIGHT - _BOTTOM}" stroke-dasharray="4 4"/>')
-    taken: list[tuple[float, float]] = []
+    taken: list[tuple[float, float, float]] = []
     for name, line in lines.items():
         parts += _line(name, [(across(x), up(y)) for x, y in line], taken)
     for number, (x, y) in enumerate(tried, 1):
@@ -49,7 +49,7 @@ def _lines(document: Mapping[str, Any]) -> dict[str, list[tuple[float, float]]]:
     return {name: [(size, max(cost, _LEAST)) for _, cost, size in amounts] for name, amounts in rows.items() if amounts}
 
 
-def _line(name: str, points: Sequence[tuple[float, float]], taken: list[tuple[float, float]]) -> list[str]:
+def _line(name: str, points: Sequence[tuple[float, float]], taken: list[tuple[float, float, float]]) -> list[str]:
     """A family: its points, a line through them, and its name beside the last one, where there is room."""
     kind = "first" if name == "bits" else "dim"
     path = " ".join(f"{x:.1f},{y:.1f}" for x, y in points)
@@ -57,8 +57,9 @@ def _line(name: str, points: Sequence[tuple[float, float]], taken: list[tuple[fl
     parts += [f'<circle class="{kind}" cx="{x:.1f}" cy="{y:.1f}" r="3.5"/>' for x, y in points]
     name = name.replace("_", " ")
     x, y = min(points)
-    left = x - 8 - width_of(name) > _LEFT
-    while any(abs(y - other) < 14 and abs(x - at) < 90 for at, other in taken):
-        y += 14
-    taken.append((x, y))
-    return [*parts, text(x - 8 if left else x + 8, y + 4, name, anchor="end" if left else "start", kind=kind)]
+    width = width_of(name)
+    start = x - 8 - width if x - 8 - width > _LEFT else x + 8
+    while any(abs(y - other) < 14 and start < end and first < start + width for first, end, other in taken):
+        y -= 14
+    taken.append((start, start + width, y))
+    return [*parts, text(start, y + 4, name, kind=kind)]

@@ -102,11 +102,25 @@ def combinations(costs: Mapping[FamilyName, Mapping[Concession, float]]) -> Iter
         yield {family: amount for family, amount in zip(costs, picked, strict=True) if amount is not None}
 
 
-def finalists(result: Sequence[Ranked], count: int) -> list[Ranked]:
-    """The best of each set of families, so that one wrong cost does not decide about all; then the next best."""
-    best: dict[frozenset[str], Ranked] = {}
-    for one in result:
-        best.setdefault(frozenset(one.choice) - {"embeddings"}, one)
-    first = list(best.values())[:count]
-    rest = [one for one in result if one not in first]
-    return [*first, *rest][:count]
+def finalists(result: Sequence[Ranked], count: int, possible: Callable[[Ranked], bool]) -> list[Ranked]:
+    """The best of each set of families, so that one wrong cost does not decide about all; then the next best.
+
+    Args:
+        possible: whether the passes of a combination, planned exactly, keep the bound; asked of few.
+    """
+    chosen: list[Ranked] = []
+    sets: set[frozenset[str]] = set()
+    refused: set[int] = set()
+    for distinct in (True, False):
+        for one in result:
+            if len(chosen) == count:
+                return chosen
+            of = frozenset(one.choice) - {"embeddings"}
+            if id(one) in refused or (distinct and of in sets) or any(one is other for other in chosen):
+                continue
+            if possible(one):
+                chosen.append(one)
+                sets.add(of)
+            else:
+                refused.add(id(one))
+    return chosen

@@ -171,7 +171,8 @@ class Search:
     def final(self, ranking: Sequence[Ranked]) -> list[tuple[Ranked, Tried]]:
         """The finalists, tried whole, the best first."""
         making, done = Making("fast", self.settings.tokens), []
-        for number, one in enumerate(chosen := finalists(ranking, self.settings.finalists), 1):
+        chosen = finalists(ranking, self.settings.finalists, lambda one: self._planned(one, making))
+        for number, one in enumerate(chosen, 1):
             self._say(f"finalist {number} of {len(chosen)}: {text(one.choice, self.spec)}, {one.bits:.2f} bits")
             tried = self.trials.run(self.entries(one.choice, making), self.samples)
             if tried.refused is None:
@@ -180,8 +181,15 @@ class Search:
             else:
                 self._say(f"  refused: {tried.refused}")
         if not done:
-            raise CompressError("every finalist was refused", fix="allow more bytes, or name fewer families")
+            raise CompressError("no finalist keeps the bound", fix="allow more bytes, or name fewer families")
         return sorted(done, key=lambda pair: pair[1].divergence)
+
+    def _planned(self, one: Ranked, making: Making) -> bool:
+        """Whether the passes of a combination, planned exactly, keep the bound; near the smallest formats its bits are a guess."""
+        try:
+            return self.sizes.bytes(self.sizes.planned(self.entries(one.choice, making))) <= self.most
+        except PassError:
+            return False
 
     def entries(self, choice: Choice, making: Making) -> list[dict[str, Any]]:
         """The passes of a combination within the bound."""

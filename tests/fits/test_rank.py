@@ -45,7 +45,9 @@ def test_ranking_is_the_best_of_all_combinations():
     found = ranked(costs, CURVE, weights, most, least)
     assert [one.choice for one in found] == [choice for _, choice in sorted(expected, key=lambda pair: pair[0])]
     assert {} not in [one.choice for one in found]  # bits alone are below the smallest format
-    best = finalists(found, 3)
+    best = finalists(found, 3, lambda one: True)
     assert best[0] == found[0]
+    assert finalists(found, 3, lambda one: one != found[0])[0] == found[1]
+    assert len(finalists(found, 99, lambda one: True)) == len(found)
     sets = [frozenset(one.choice) - {"embeddings"} for one in best]
     assert len(set(sets)) == 3  # one wrong cost does not decide about all
