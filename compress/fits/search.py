@@ -185,7 +185,7 @@ class Search:
         return sorted(done, key=lambda pair: pair[1].divergence)
 
     def _planned(self, one: Ranked, making: Making) -> bool:
-        """Whether the passes of a combination, planned exactly, keep the bound: near the smallest formats its bits are a guess."""
+        """Whether the exact plan of a combination keeps the bound; near the smallest formats its bits are a guess."""
         try:
             return self.sizes.bytes(self.sizes.planned(self.entries(one.choice, making))) <= self.most
         except PassError:
