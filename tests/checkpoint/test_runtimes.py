@@ -24,6 +24,7 @@ def test_every_cell_has_figures_or_the_reason_why_it_has_none():
     content = table()
     for name, model in content["models"].items():
         for artefact, facts in model["artefacts"].items():
+            assert {"transformers", "onnxruntime"} <= facts["opens"].keys()
             assert facts["opens"].keys() <= content["runtimes"].keys()
             assert all(figures and figures.get("no", "x") for figures in facts["opens"].values()), (name, artefact)
 

@@ -55,7 +55,7 @@ def _section(table: dict[str, Any], title: str, model: dict[str, Any]) -> Iterat
 def _cell(runtime: str, figures: dict[str, Any] | None, reasons: dict[tuple[str, str], int]) -> str:
     """Figures of one artefact in one runtime, or the number of the reason why there are none."""
     if figures is None:
-        return "not tried"
+        return "–"
     if "no" in figures:
         return f"[{reasons.setdefault((runtime, figures['no']), len(reasons) + 1)}]"
     if runtime == "transformers":
