@@ -15,8 +15,10 @@ from compress.checkpoint.storage.reading import READERS
 from compress.cli import main
 from compress.errors import CompressError
 from compress.exports.base import ExportError
+from compress.exports.gguf.layout import gguf_file
+from compress.exports.gguf.settings import GgufSettings
 from compress.pipeline.exports import exports_of_plan
-from tests import pico
+from tests import pico, toolbox
 from tests.checkpoint.dequantize.fixtures.make_gguf import tokenizer
 
 pytest.importorskip("gguf")
@@ -119,6 +121,11 @@ def test_what_gguf_has_not_is_refused_before_writing(tmp_path):
     compress.apply("cast", source, tmp_path / "in", weights="int4", group_size=16, method="rtn")
     with pytest.raises(ExportError, match=r"groups of 16 of 64 inputs; cast with `group_size: 32`"):
         compress.export(tmp_path / "in", tmp_path / "out.gguf", to="gguf")
+    qwen2 = open_checkpoint(pico.folder("qwen2", hidden_size=64, intermediate_size=64, dtype=torch.bfloat16))
+    with pytest.raises(
+        ExportError, match="leaves out nvfp4's global scales in models of the type `qwen2`; cast to mxf"
+    ):
+        gguf_file(toolbox.plan(qwen2, "cast", weights="nvfp4", method="rtn"), source, GgufSettings())
     with pytest.raises(CompressError, match="models of the type `bert` are not written as GGUF; it writes gemma2,"):
         compress.export(pico.folder("bert"), tmp_path / "out.gguf", to="gguf")
     assert not list(tmp_path.glob("*out*"))

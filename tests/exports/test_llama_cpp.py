@@ -74,13 +74,11 @@ def test_llama_cpp_computes_the_same_logits(family, tmp_path):
     assert (each.median() if family in ROUTED else each.mean()) <= 2e-4
 
 
-@pytest.mark.parametrize("family", list(FAMILIES))
+@pytest.mark.parametrize("family", ["llama", "mistral", "qwen3"])
 def test_llama_cpp_computes_with_nvfp4(family, tmp_path):
-    store = {"store": "compact"} if family == "gpt2" else {}
-    compress.apply("cast", calm(tmp_path / "source", family), tmp_path / "in", weights="nvfp4", method="rtn", **store)
+    compress.apply("cast", calm(tmp_path / "source", family), tmp_path / "in", weights="nvfp4", method="rtn")
     compress.export(tmp_path / "in", tmp_path / "out.gguf", to="gguf", embeddings="F32")
-    each = divergence(tmp_path / "in", tmp_path / "out.gguf")
-    assert (each.median() if family in ROUTED else each.mean()) <= 2e-4
+    assert divergence(tmp_path / "in", tmp_path / "out.gguf").mean() <= 2e-4
 
 
 @pytest.mark.parametrize("kind", ["Q4_K_M", "Q4_K_S", "Q5_K_M"])

@@ -48,6 +48,7 @@ class GgufFamily:
         prefix: of the names of blocks. outside: as ``blocks``, for tensors outside them.
         transposed: ends of the modules whose matrices the stock class stores [I, O].
         rotary: whether it is a decoder with RMS norms and rotary embeddings, whose `common` fields are alike.
+        scaled: whether llama.cpp 0.5.0 multiplies products of its matrices with nvfp4's global scales.
     """
 
     model_type: str
@@ -60,6 +61,7 @@ class GgufFamily:
     prefix: str = "model.layers"
     transposed: tuple[str, ...] = ()
     rotary: bool = True
+    scaled: bool = False
 
 
 def config_of(family: GgufFamily, metadata: Metadata) -> dict[str, Any]:
@@ -278,7 +280,7 @@ def _without(parts: Iterable[str], more: Mapping[str, str]) -> Mapping[str, str]
 _DENSE = ("ffn_gate", "ffn_up", "ffn_down")
 #: Architecture in the file ▶ family.
 FAMILIES: Mapping[str, GgufFamily] = {
-    "llama": GgufFamily("llama", "LlamaForCausalLM", _BLOCK, _llama, permuted=True),
+    "llama": GgufFamily("llama", "LlamaForCausalLM", _BLOCK, _llama, permuted=True, scaled=True),
     "llama with experts": GgufFamily(
         "mixtral",
         "MixtralForCausalLM",
@@ -293,7 +295,7 @@ FAMILIES: Mapping[str, GgufFamily] = {
         _qwen3_moe,
     ),
     "qwen2": GgufFamily("qwen2", "Qwen2ForCausalLM", _BLOCK, _qwen2),
-    "qwen3": GgufFamily("qwen3", "Qwen3ForCausalLM", _with(_NORMED), _qwen3),
+    "qwen3": GgufFamily("qwen3", "Qwen3ForCausalLM", _with(_NORMED), _qwen3, scaled=True),
     "gemma2": GgufFamily("gemma2", "Gemma2ForCausalLM", _with(_SANDWICH), _gemma2, raised=True),
     "gemma3": GgufFamily("gemma3_text", "Gemma3ForCausalLM", _with(_SANDWICH, _NORMED), _gemma3, raised=True),
     "phi3": GgufFamily(

@@ -42,13 +42,17 @@ class GgufPlace:
 
 @dataclass(frozen=True, slots=True)
 class GgufLayout:
-    """A model as a GGUF file: architecture, its metadata without that prefix, the tensors by stock name, and further ones."""
+    """A model as a GGUF file: architecture, its metadata without that prefix, the tensors by stock name, and further ones.
+
+    ``scaled``: whether llama.cpp multiplies products of its matrices with nvfp4's global scales.
+    """
 
     architecture: str
     metadata: Mapping[str, MetadataValue]
     tensors: Mapping[str, GgufPlace]
     factors: Mapping[str, list[float]] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+    scaled: bool = False
 
 
 class _Config:
@@ -135,7 +139,7 @@ def gguf_layout(config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]
         )
     if widths:
         metadata["feed_forward_length"] = widths[0]
-    return GgufLayout(architecture, metadata, tensors, factors, notes)
+    return GgufLayout(architecture, metadata, tensors, factors, notes, family.scaled)
 
 
 def _common(fields: _Config) -> Values:

@@ -165,6 +165,12 @@ def _file_tensor(name: str, group: list[Tensor], model: GgufLayout, spec: Spec, 
     if place.expert is not None:
         shape = (len(group), *shape)
     kind = types.pop()
+    if kind.type == "NVFP4" and not model.scaled:
+        raise ExportError(
+            f"llama.cpp leaves out nvfp4's global scales in models of the type `{spec.structure.config['model_type']}`",
+            where=group[0].name,
+            fix="cast to mxfp4 or int4, or add `--type Q4_K` to round the values again",
+        )
     values, size = GGML_QUANT_SIZES[GGMLQuantizationType[kind.type]]
     total = sum(t.count for t in group)
     return FileTensor(name, shape, kind, total // values * size, tuple(group), place)
