@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from textwrap import shorten
 from typing import Any
 
 import numpy as np
+
+from tools.runtimes.environments import BUILD
 
 #: Most characters of a reason.
 LONGEST = 200
@@ -57,8 +60,9 @@ def figures(values: Mapping[str, Any], reference: Mapping[str, Any], asked: Mapp
 
 
 def reason(error: str) -> str:
-    """An error, shortened for a table."""
-    return shorten(error.replace("|", "¦"), LONGEST, placeholder=" …")
+    """An error, shortened for a table, without the folder of the artefact."""
+    text = re.sub(rf"{re.escape(str(BUILD))}/\S+", "FOLDER", error)
+    return shorten(text.replace("|", "¦"), LONGEST, placeholder=" …")
 
 
 def _rounded(values: dict[str, Any]) -> dict[str, Any]:

@@ -136,7 +136,8 @@ def add(folder: Path, recipe: Path, sets: list[str], speed: bool) -> str:
             {"recipe": recipe, "sets": sets, "speed": speed},
         )
     }
-    MODELS[folder.name] = Model(f"`{folder.name}`", DENSE | made, SERVED, 1000, folder)
+    command = " ".join(["--model", folder.name, *(f"--set {one}" for one in sets), *(["--speed"] if speed else [])])
+    MODELS[folder.name] = Model(f'`make runtimes ARGS="{command}"`', DENSE | made, SERVED, 1000, folder)
     return folder.name
 
 

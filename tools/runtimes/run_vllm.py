@@ -40,6 +40,7 @@ def outputs(folder, asked):
 
 def served(folder, asked, rounds):
     """What `outputs` says, for one value of `ROUNDS`."""
+    gc.collect()  # a model that failed to load would close what the next one opens
     os.environ[ROUNDS] = rounds
     vllm.envs.disable_envs_cache()
     ids, prompt, count = asked["ids"], asked["prompt"], asked["new_tokens"]
