@@ -41,6 +41,8 @@ def notes(sweep: Mapping[str, Any], *, intervals: bool = True) -> list[str]:
         if pruned:
             least = min(pruned, key=lambda trial: trial["excess"])
             made.append(f"nearest: trial {least['number']} ({_values(least)}): {least['message']}")
+    if not sweep["front"] and (undecided := _undecided(sweep)) is not None:
+        made.append(undecided)
     if intervals and sweep["front"] and _has_intervals(sweep):
         made.append("in brackets: the interval of each value; values whose intervals overlap may not differ")
     if lacking := sum(trial["lack"] for trial in sweep["trials"]):
@@ -52,6 +54,15 @@ def notes(sweep: Mapping[str, Any], *, intervals: bool = True) -> list[str]:
     if sweep["first_part"] == "proxy":
         made.append("every trial was evaluated on fewer documents (`proxy`), the front in full")
     return made
+
+
+def _undecided(sweep: Mapping[str, Any]) -> str | None:
+    """A sentence on the first gate that was inconclusive; None where there is none."""
+    for trial in sweep["trials"]:
+        for gate in trial["gates"]:
+            if trial["verdict"] == gate["verdict"] == "inconclusive":
+                return f"inconclusive: trial {trial['number']} ({_values(trial)}): {gate['gate']} {gate['text']}"
+    return None
 
 
 def failures(sweep: Mapping[str, Any]) -> list[str]:

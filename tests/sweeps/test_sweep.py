@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 import json
 import shutil
@@ -123,6 +124,13 @@ def test_first_trials_that_fail_alike_end_a_sweep(sweep, imagined, tmp_path):
         run_sweep(sweep(tmp_path), runner=failing)
     assert {trial["state"] for trial in run_sweep(sweep(tmp_path), runner=runner)["trials"]} == {"done"}
     assert len(runner.recipes) == 9
+
+
+def test_notes_name_a_gate_that_does_not_decide(whole):
+    made = copy.deepcopy(whole[0])
+    gate = {"gate": "kl.max", "verdict": "inconclusive", "text": "0.1 ≤ 0.1?"}
+    made["front"], made["trials"][2]["verdict"], made["trials"][2]["gates"] = [], "inconclusive", [gate]
+    assert notes(made)[0] == "inconclusive: trial 3 (sparsity 30%, weights int3): kl.max 0.1 ≤ 0.1?"
 
 
 def test_sweep_without_any_trial_that_ends(sweep, imagined, tmp_path):
