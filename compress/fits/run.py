@@ -26,6 +26,7 @@ from compress.pipeline.fingerprint import hash_input
 from compress.pipeline.folder import RunFolder
 from compress.pipeline.machine import resolve_device
 from compress.pipeline.preflight import check_folders
+from compress.pipeline.run import require_runnable
 from compress.pipeline.run import run as run_recipe
 from compress.planning import size_on_disk
 from compress.progress import Progress
@@ -73,7 +74,8 @@ def fit(
         CompressError: the model, its data or the bound do not allow a search; nothing at the output has changed.
     """
     start = time.perf_counter()
-    recipe = recipe_from_mapping({**mapping, "passes": [{"cast": {"weights": "int4", "effort": "fast"}}]})
+    stand_in = {"passes": [{"cast": {"weights": "int4", "effort": "fast"}}], "gates": _gates(settings, mapping)}
+    recipe = recipe_from_mapping({**mapping, **stand_in})
     check_folders(recipe)
     original = open_checkpoint(
         recipe.reference,
@@ -84,6 +86,7 @@ def fit(
     before = size_on_disk(original).bytes
     most = settings.most(before)
     _check(recipe, original, settings, most, before)
+    require_runnable(recipe, progress)
     output = place(recipe.output)
     folder = RunFolder(output.with_name(f"{output.name}.fit"))
     with folder.locked():
@@ -164,12 +167,16 @@ def _recipe(mapping: Mapping[str, Any], search: Search, best: Ranked, recipe: Re
     """The recipe of the best combination, with gates on its bytes and on the metric of the task."""
     settings = search.settings
     made = {**mapping, "passes": search.entries(best.choice, Making(settings.effort, settings.tokens))}
-    gates: dict[str, Any] = {"size": {"max": search.most}}
-    if settings.max_increase is not None:
-        allowed = settings.max_increase
-        gates["bits_per_byte"] = {"max_increase": f"{100 * allowed.value:g}%" if allowed.relative else allowed.value}
-    made["gates"] = gates | dict(mapping.get("gates", {}))
+    made["gates"] = {"size": {"max": search.most}} | _gates(settings, mapping)
     return made
+
+
+def _gates(settings: Bound, mapping: Mapping[str, Any]) -> dict[str, Any]:
+    """The recipe's own gates, and that of `max_increase`."""
+    gates: dict[str, Any] = {}
+    if (allowed := settings.max_increase) is not None:
+        gates["bits_per_byte"] = {"max_increase": f"{100 * allowed.value:g}%" if allowed.relative else allowed.value}
+    return gates | dict(mapping.get("gates", {}))
 
 
 def _document(

@@ -76,12 +76,27 @@ def run(
     return result
 
 
-def _run(run: Run, publish_anyway: bool, recipe_path: str | None) -> RunResult:
-    """The whole run, in the first process."""
-    started, clock = datetime.datetime.now(datetime.UTC), time.perf_counter()
+def require_runnable(recipe: Recipe, progress: Progress) -> None:
+    """Refuse what `run` refuses before any work: folders, data, samples, memory by plan, missing programs.
+
+    Raises:
+        CompressError: as `run`.
+    """
+    with process_group(resolve_device(recipe.device)) as processes:
+        if not processes.rank:
+            _prepare(Run(recipe, progress, False, processes))
+
+
+def _prepare(run: Run) -> None:
     run.prepare()
     check_exports(run)
     check_throughput(run)
+
+
+def _run(run: Run, publish_anyway: bool, recipe_path: str | None) -> RunResult:
+    """The whole run, in the first process."""
+    started, clock = datetime.datetime.now(datetime.UTC), time.perf_counter()
+    _prepare(run)
     with disk_errors(run.folder.path, "cannot be used"), run.folder.locked():
         recover(run.output)
         remove_leftovers(run.output)

@@ -136,6 +136,14 @@ def test_check_takes_a_bound(recipe, tmp_path, capsys):
         commands.check([file], ["fit.max_bytes=1MB"], data=False, resolved=False, json=False, form=None)
 
 
+def test_evaluation_on_calibration_text_is_named_before_any_trial(recipe, tmp_path, texts):
+    (copy := tmp_path / "copy.txt").write_text(texts[0].read_text() + "<|doc|>One document that is not there.")
+    recipe["data"]["evaluation"]["files"] = [str(copy)]
+    with pytest.raises(CompressError, match="evaluate on data that no pass has seen"):
+        compress.fit(recipe)
+    assert not (tmp_path / "out.fit").exists()
+
+
 @pytest.mark.slow
 def test_minutes_are_told_before_the_search_and_those_that_are_done_are_not(recipe, tmp_path):
     """All trials at least, and no more than it says; the page shows every finalist and the recipe."""
