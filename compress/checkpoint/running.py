@@ -67,11 +67,10 @@ def narrow_codes(spec: Spec) -> list[str]:
 
 def loading_notes(spec: Spec) -> list[str]:
     """Notes on what stock transformers needs to load the checkpoint, beside torch."""
-    opens = runtimes_note(spec)
+    opens = (runtimes_note(spec) or "").split("; ")
     if spec.structure.compact:
-        decoded = "its own modelling file decodes it: load it with trust_remote_code=True"
-        return [decoded] if opens is None else [opens, decoded]
-    every = (runtime_note(spec), expert_note(spec), opens, servers_note(spec))
+        return [*filter(None, opens), "its own modelling file decodes it: load it with trust_remote_code=True"]
+    every = (runtime_note(spec), expert_note(spec), *(part or None for part in opens), servers_note(spec))
     notes = [note for note in every if note is not None]
     if spec.structure.runtime != "transformers":
         return notes

@@ -195,7 +195,8 @@ def _mxfp4(b: torch.Tensor) -> torch.Tensor:
 def _nvfp4(b: torch.Tensor) -> torch.Tensor:
     import torch
 
-    scale = b[:, :4].contiguous().view(torch.float8_e4m3fn).float()
+    unsigned = b[:, :4] & 0x7F  # llama.cpp reads no sign, and the code of NaN as 0
+    scale = torch.where(unsigned == 0x7F, 0, unsigned).view(torch.float8_e4m3fn).float()
     codes = torch.tensor(E2M1)[_nibbles(b[:, 4:], 8).long()]
     return (scale[..., None] * codes.reshape(-1, 4, 16)).flatten(1)
 
