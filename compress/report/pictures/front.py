@@ -58,7 +58,7 @@ def front_picture(points: Sequence[TrialPoint], x: Axis, y: Axis) -> Picture | N
 
 def _scale(values: Sequence[float], start: float, end: float) -> Scale:
     marks = ticks(min(values), max(values))
-    margin = 0.5 * (marks[1] - marks[0])
+    margin = 0.5 * (marks[1] - marks[0] if len(marks) > 1 else abs(marks[0]) or 1.0)
     return Scale(marks[0] - margin, marks[-1] + margin, start, end)
 
 
