@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 
 import compress
 from compress.checkpoint.open import open_checkpoint
+from compress.checkpoint.storage.bits import unpack_codes
 from compress.checkpoint.write import write_checkpoint
 from compress.errors import CheckpointError, PassError
 from compress.spec.formats import ACTIVATIONS
@@ -66,6 +67,16 @@ def by_tensor(change=lambda *a: None):
     return both
 
 
+def as_bytes(group, quantization, state, modules):
+    """Codes of four bits in a byte each, with rounded inputs, as llm-compressor writes W4A8."""
+    for module in modules:
+        rows, width = state.pop(f"{module}.weight_shape").tolist()
+        state[f"{module}.weight"] = unpack_codes(state.pop(f"{module}.weight_packed"), 4, width).to(torch.int8)
+        assert state[f"{module}.weight"].shape == (rows, width)
+    group["format"] = quantization["format"] = "int-quantized"
+    group["input_activations"] = dict(ACTIVATIONS["int8"])
+
+
 SCALE, FLOAT64_MAX_WIDTH = (0.01, torch.float32), (0.01, torch.bfloat16)
 CASES = {
     "int8-zero": (INT8, inputs(ACTIVATIONS["int8-zero"])),
@@ -83,11 +94,12 @@ CASES = {
     "fp8 whole static": (FP8, by_tensor(inputs(ACTIVATIONS["fp8-tensor"], input_scale=SCALE))),
     "fp8 whole alone": (FP8, by_tensor(lambda group, *_: group.update(input_activations=None))),
     "int8 whole": (INT8, by_tensor()),
+    "int4 bytes": ({"weights": "int4", "group_size": 32}, as_bytes),
     "nvfp4 bf16": (NVFP4, inputs(ACTIVATIONS["nvfp4"], input_global_scale=(700.0, torch.float32))),
     "nvfp4-wide bf16": (NVFP4, inputs(ACTIVATIONS["nvfp4-wide"], input_global_scale=(700.0, torch.float32))),
 }
 #: Those that stock transformers reads in `make test`.
-QUICK = ["int8-tensor-zero", "fp8-tensor mixed", "fp8 whole alone", "nvfp4 bf16"]
+QUICK = ["int8-tensor-zero", "int4 bytes", "fp8-tensor mixed", "fp8 whole alone", "nvfp4 bf16"]
 OTHERS = [*(name for name in CASES if name not in QUICK), "gpt_neox"]
 
 
@@ -122,6 +134,10 @@ def test_foreign_codes_match_stock_transformers(names, folders, stock_outputs, t
 def test_foreign_codes_are_written_again_unchanged(folders, tmp_path):
     for name, folder in folders.items():
         again = write(open_checkpoint(folder), tmp_path / name).folder
+        if name == "int4 bytes":  # they are packed
+            name = "model.layers.0.mlp.up_proj.weight"
+            assert torch.equal(*(open_checkpoint(f).tensor(name).data for f in (folder, again)))
+            continue
         before, after = (load_file(f / "model.safetensors") for f in (folder, again))
         assert before.keys() == after.keys()
         assert all(torch.equal(before[k].view(torch.uint8), after[k].view(torch.uint8)) for k in before)

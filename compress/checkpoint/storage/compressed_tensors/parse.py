@@ -165,7 +165,7 @@ def _format(config_group: Mapping[str, Any], module: str, where: str) -> tuple[Q
         chain = FP8 if scheme["type"] == "float" else INT8
     kind, bits, strategy, group = (scheme[key] for key in ("type", "num_bits", "strategy", "group_size"))
     name = {
-        PACKED: f"int{bits}", INT8: "int8", FP8: "fp8", MXFP8: "mxfp8", MXFP4: "mxfp4", NVFP4: "nvfp4",
+        PACKED: f"int{bits}", INT8: f"int{bits}", FP8: "fp8", MXFP8: "mxfp8", MXFP4: "mxfp4", NVFP4: "nvfp4",
     }.get(chain, "")  # fmt: skip
     grouped = strategy in ("group", "tensor_group") and isinstance(group, int) and group > 0
     block = (
