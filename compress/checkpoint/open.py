@@ -48,6 +48,8 @@ COMPACT_TYPE = "compress"
 class Stored(Checkpoint):
     """A checkpoint on disk."""
 
+    folder: Path
+
     def __init__(
         self,
         folder: Path,

@@ -59,13 +59,7 @@ def opened(spec: Spec) -> dict[MeasuredRuntime, bool]:
     What counts are the artefacts of models that the same class of transformers loads, such as AutoModelForCausalLM. A runtime
     opens a checkpoint if, for each thing that the checkpoint holds, it opened an artefact with that.
     """
-    auto = auto_class(spec.structure.class_name)
-    answers: dict[tuple[str, str], set[bool]] = {}
-    for model in table()["models"].values():
-        for artefact in model["artefacts"].values() if model["auto_class"] == auto else ():
-            for name, figures in artefact["opens"].items():
-                for held in artefact["holds"] or ["floats"]:
-                    answers.setdefault((name, held), set()).add("no" not in figures)
+    answers = _answers(spec)
     result = {}
     for name, facts in table()["runtimes"].items():
         each = [answers.get((name, held)) for held in holdings(spec) or ["floats"]]
@@ -74,6 +68,24 @@ def opened(spec: Spec) -> dict[MeasuredRuntime, bool]:
                 True in answer for answer in each if answer
             )
     return result
+
+
+def unopened(spec: Spec, runtime: str) -> list[str]:
+    """What a checkpoint holds that a runtime was tried with and opened in no artefact."""
+    answers = _answers(spec)
+    return [held for held in holdings(spec) or ["floats"] if answers.get((runtime, held)) == {False}]
+
+
+def _answers(spec: Spec) -> dict[tuple[str, str], set[bool]]:
+    """Runtime and thing held ▶ whether artefacts with it were opened, of models that the checkpoint's class loads."""
+    auto = auto_class(spec.structure.class_name)
+    answers: dict[tuple[str, str], set[bool]] = {}
+    for model in table()["models"].values():
+        for artefact in model["artefacts"].values() if model["auto_class"] == auto else ():
+            for name, figures in artefact["opens"].items():
+                for held in artefact["holds"] or ["floats"]:
+                    answers.setdefault((name, held), set()).add("no" not in figures)
+    return answers
 
 
 def runtimes_note(spec: Spec) -> str | None:

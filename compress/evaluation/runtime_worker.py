@@ -13,6 +13,9 @@ import time
 from pathlib import Path
 from typing import Any
 
+#: Most characters of an error.
+_LONGEST = 300
+
 
 class LlamaCpp:
     """llama.cpp through its C library."""
@@ -60,7 +63,49 @@ class Genai:
         return read - start, (time.perf_counter() - read) / self.generated
 
 
-RUNTIMES: dict[str, Any] = {"llama.cpp": LlamaCpp, "onnxruntime": Genai}
+class Vllm:
+    """vLLM on a CPU, in this process, one text at a time."""
+
+    def __init__(self, artefact: str, settings: dict[str, Any]) -> None:
+        os.environ |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1"}
+        os.environ["OMP_NUM_THREADS"] = str(settings["threads"])
+        os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+        import torch
+        import vllm
+        from vllm.platforms import current_platform
+
+        if not current_platform.is_cpu():
+            raise RuntimeError(f"{settings['place']} has vLLM for {current_platform.device_name}, and not for CPUs")
+        torch.cpu._init_amx()  # asks Linux for AMX, which a kernel of vLLM 0.32 for int4 uses without
+        self.version, self.prompt, tokens = vllm.__version__, _ids(settings), settings["generated"] + 1
+        options = {
+            "enforce_eager": True,
+            "enable_prefix_caching": False,
+            "max_num_seqs": 1,
+            "skip_tokenizer_init": True,
+        }
+        self.engine = vllm.LLM(
+            artefact,
+            max_model_len=len(self.prompt) + tokens,
+            trust_remote_code=settings["trust_remote_code"],
+            **options,
+        ).llm_engine
+        self.sampling = vllm.SamplingParams(
+            max_tokens=tokens, min_tokens=tokens, temperature=0, ignore_eos=True, detokenize=False
+        )
+        self.asked = 0
+
+    def seconds(self) -> tuple[float, float]:
+        """Seconds of the prompt, and of each token."""
+        self.asked += 1
+        start, times = time.perf_counter(), []
+        self.engine.add_request(str(self.asked), {"prompt_token_ids": self.prompt}, self.sampling)
+        while self.engine.has_unfinished_requests():
+            times += [time.perf_counter() for _ in self.engine.step()]
+        return times[0] - start, (times[-1] - times[0]) / (len(times) - 1)
+
+
+RUNTIMES: dict[str, Any] = {"llama.cpp": LlamaCpp, "onnxruntime": Genai, "vllm": Vllm}
 
 
 def _ids(settings: dict[str, Any]) -> list[int]:
@@ -84,7 +129,8 @@ def main() -> None:
             read, token = runtime.seconds()
             say({"prefill": read, "decode": token, "seconds": read + token * settings["generated"]})
     except Exception as error:
-        say({"error": f"{name}: {error or type(error).__name__}", "resources": "memory" in str(error)})
+        words = " ".join(str(error).split())[:_LONGEST] or type(error).__name__
+        say({"error": f"{name}: {words}", "resources": "memory" in words})
 
 
 if __name__ == "__main__":

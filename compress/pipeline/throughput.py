@@ -9,7 +9,9 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from compress.checkpoint.store import with_storage
+from compress.checkpoint.runtimes import unopened
+from compress.checkpoint.storage.compressed_tensors.servers import VLLM, refusals
+from compress.checkpoint.store import needs_code, with_storage
 from compress.errors import CompressError
 from compress.evaluation import runtime_worker
 from compress.evaluation.tasks import LANGUAGE, task_of
@@ -17,6 +19,7 @@ from compress.evaluation.throughput_settings import RUNTIMES, ThroughputSettings
 from compress.evaluation.worker import in_turns, started
 from compress.exports import export, get
 from compress.files import aside, remove
+from compress.planning.sizes import size_on_disk
 
 if TYPE_CHECKING:
     from compress.checkpoint.open import Stored
@@ -24,6 +27,7 @@ if TYPE_CHECKING:
     from compress.progress import Progress
     from compress.recipe import Recipe
     from compress.settings import Settings
+    from compress.spec.spec import Spec
 
 
 def throughput_settings(recipe: Recipe) -> ThroughputSettings | None:
@@ -48,10 +52,27 @@ def check_throughput(run: Run) -> None:
     settings.require()
     target = RUNTIMES[settings.runtime].target
     assert folder is not None
-    get(target).require()
     result = with_storage(run.plan.stages[-1].passes[-1].spec, run.recipe.store)
+    if target is None:
+        _check_served(run.original.spec, "the original")
+        _check_served(result, "the result")
+        return
+    get(target).require()
     get(target).plan(run.original.spec, folder, get(target).settings())
     get(target).plan(result, folder, _export_settings(run.recipe, target))
+
+
+def _check_served(spec: Spec, what: str) -> None:
+    """Raise `CompressError` where vLLM does not open a checkpoint on a CPU, by its rules and by what was tried."""
+    if spec.structure.compact or needs_code(spec):
+        raise CompressError(f"throughput: vLLM opens no compact checkpoint, as {what} is", fix="use `store: stock`")
+    reasons = refusals(spec, VLLM)
+    reasons += [f"no kernel of CPUs for {held}" for held in unopened(spec, "vLLM")]
+    if reasons:
+        raise CompressError(
+            f"throughput: vLLM does not open {what}: {'; '.join(reasons)}",
+            fix="leave `throughput` out, or cast to int4",
+        )
 
 
 def _export_settings(recipe: Recipe, target: str) -> Settings:
@@ -76,18 +97,31 @@ def measure_throughput(
     """
     settings = throughput_settings(recipe)
     assert settings is not None
-    target = get(RUNTIMES[settings.runtime].target)
-    asked = (target.settings(), _export_settings(recipe, target.name))
+    if RUNTIMES[settings.runtime].target is None:
+        folders = [(stored.folder, size_on_disk(stored).bytes) for stored in checkpoints]
+        return _measured(recipe, settings, folders, progress)
     made = aside(place)
     made.mkdir(parents=True)
     try:
-        artefacts = []
-        for name, checkpoint, chosen in zip(("original", "result"), checkpoints, asked, strict=True):
-            path = made / f"{name}{target.ending}"
-            artefacts.append((path, export(checkpoint, target.name, path, chosen, progress).bytes))
-        return _measured(recipe, settings, artefacts, progress)
+        return _measured(recipe, settings, _exported(recipe, settings, checkpoints, made, progress), progress)
     finally:
         remove(made)
+
+
+def _exported(
+    recipe: Recipe, settings: ThroughputSettings, checkpoints: tuple[Stored, Stored], made: Path, progress: Progress
+) -> list[tuple[Path, int]]:
+    """Exports of both checkpoints in the folder ``made``, with their bytes."""
+    name = RUNTIMES[settings.runtime].target
+    assert name is not None
+    target = get(name)
+    artefacts = []
+    for side, checkpoint, chosen in zip(
+        ("original", "result"), checkpoints, (target.settings(), _export_settings(recipe, name)), strict=True
+    ):
+        path = made / f"{side}{target.ending}"
+        artefacts.append((path, export(checkpoint, name, path, chosen, progress).bytes))
+    return artefacts
 
 
 def _measured(
@@ -95,9 +129,10 @@ def _measured(
 ) -> dict[str, dict[str, Any]]:
     threads = recipe.threads or len(os.sched_getaffinity(0))
     counts = {"prompt": settings.prompt, "generated": settings.generated, "threads": threads}
+    asked = json.dumps({**counts, "place": str(settings.place), "trust_remote_code": recipe.trust_remote_code})
     with contextlib.ExitStack() as stack:
         workers = [
-            stack.enter_context(started(*_command(settings, path, counts), f"the throughput of {settings.runtime}"))
+            stack.enter_context(started(*_command(settings, path, asked), f"the throughput of {settings.runtime}"))
             for path, _ in artefacts
         ]
         versions = [worker.answer()["version"] for worker in workers]
@@ -109,6 +144,7 @@ def _measured(
             "decode": [1 / each for each in seconds["decode"]],
         }
         facts = {"runtime": settings.runtime, "version": str(version), "bytes": size, **counts}
+        facts["variables"] = settings.variables
         sides.append({**facts, "rounds": len(rates["decode"]), **_summary(rates, sides, recipe.seed)})
     return dict(zip(("original", "candidate"), sides, strict=True))
 
@@ -126,10 +162,9 @@ def _summary(rates: dict[str, list[float]], before: list[dict[str, Any]], seed: 
     return result
 
 
-def _command(settings: ThroughputSettings, path: Path, counts: dict[str, int]) -> tuple[list[str], dict[str, str]]:
+def _command(settings: ThroughputSettings, path: Path, asked: str) -> tuple[list[str], dict[str, str]]:
     """Command line and environment of a worker."""
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
-    asked = json.dumps({**counts, "place": str(settings.place)})
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", **settings.variables}
     arguments = [settings.runtime, str(path), asked]
     if settings.runtime == "llama.cpp":  # a library, which this Python opens
         root = str(Path(__file__).resolve().parents[2])

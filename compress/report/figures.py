@@ -106,6 +106,9 @@ def row_notes(report: Mapping[str, Any]) -> list[str]:
         notes.append(
             f"{rates['runtime']} prefill, decode: tokens per second, of a prompt of {rates['prompt']}, and one by one"
         )
+        if variables := rates.get("variables"):
+            given = " ".join(f"{name}={value}" for name, value in variables.items())
+            notes.append(f"{rates['runtime']} had {given}")
     decoded = last["load_bytes"] > 1.02 * last["bytes"] and report["recipe"]["resolved"]["store"] == "stock"
     runtime = "; vLLM keeps codes and computes with them" if decoded else ""
     return [*notes, f"weights in memory: once transformers has loaded them{runtime}"]

@@ -26,6 +26,9 @@ class Throughput(Part):
     prompt: Count = Field(description="Tokens.")
     generated: Count = Field(description="Tokens.")
     threads: Count
+    variables: dict[str, str] = Field(
+        default_factory=dict, description="Of the runtime's environment, which bear on its speed."
+    )
     rounds: Count
     prefill: Rate = Field(description="Tokens of the prompt per second.")
     decode: Rate = Field(description="Generated tokens per second.")

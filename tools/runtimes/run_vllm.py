@@ -20,12 +20,14 @@ import time
 from pathlib import Path
 
 import numpy as np
+import torch
 import vllm
 from each import each
 
 #: Whether kernels for int4 round inputs that the checkpoint does not ask to round, where the CPU has AMX; so by default.
 ROUNDS = "VLLM_CPU_INT4_W4A8"
 LIKELIEST = 20
+torch.cpu._init_amx()  # asks Linux for AMX, which a kernel of vLLM 0.32 for int4 uses without
 
 
 def outputs(folder, asked):
