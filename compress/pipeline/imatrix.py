@@ -18,6 +18,8 @@ def imatrix_of(run: Run) -> bytes | None:
 
     None where no stage did, where a later one changed the shapes of tensors, and for families that GGUF has not.
     """
+    if not any(run.folder.inputs(key).exists() for key in run.keys):
+        return None
     from compress.architectures.gguf import UnwritableError, gguf_layout
     from compress.blockwise.input_squares import read_input_squares
     from compress.checkpoint.open import open_checkpoint

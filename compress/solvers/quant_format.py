@@ -58,11 +58,21 @@ def nearest(t: torch.Tensor, quant_format: QuantFormat) -> torch.Tensor:
         return t.round_().clamp_(low, high)
     t = t.clamp_(low, high)
     if quant_format.format in _E4M3:
-        return t.to(torch.float8_e4m3fn).to(t.dtype)
+        return _nearest_e4m3(t)
     # E2M1: steps of 1/2 up to 2, of 1 up to 4, of 2 up to 6; ties go to the even mantissa, as rounding does
     size = t.abs()
     step = torch.where(size < 2, 0.5, torch.where(size < 4, 1.0, 2.0))
     return (t / step).round_() * step
+
+
+def _nearest_e4m3(t: torch.Tensor) -> torch.Tensor:
+    """Return the nearest values of E4M3 to ones of its range."""
+    if t.device.type != "cpu" or t.dtype != torch.float32:
+        return t.to(torch.float8_e4m3fn).to(t.dtype)
+    # torch decodes E4M3 slowly on a CPU: a value has three bits behind its first one, the last of 2^-9 at least
+    power = (t.view(torch.int32) & 0x7F800000).view(torch.float32)
+    step = power.clamp_(min=2.0**-6).mul_(2.0**-3)
+    return (t / step).round_().mul_(step)
 
 
 def fit(
@@ -255,6 +265,12 @@ def to_codes(
     Removed weights get the code of zero.
     """
     scale = scales.scale
+    if quant_format.format in _E4M3:
+        low, high = code_range(quant_format)
+        t = (W_OI.float().view(len(W_OI), scale.shape[1], -1) / scale[..., None]).clamp_(low, high).view(W_OI.shape)
+        codes = (t if keep_OI is None else t.masked_fill_(~keep_OI, 0)).to(torch.float8_e4m3fn)
+        is_exponent = quant_format.format == "mxfp8"
+        return Codes(codes, _exponents(scale) if is_exponent else scale[:: quant_format.height(len(codes))].to(dtype))
     q = integer_codes(W_OI, quant_format, scales, keep_OI).view(W_OI.shape[0], scale.shape[1], -1)
     if scales.zero is not None:
         q = q + scales.zero[..., None]
@@ -262,10 +278,6 @@ def to_codes(
     if quant_format.is_integer:
         zero = None if scales.zero is None else scales.zero.to(torch.int8)
         return Codes(q.to(torch.int8), scale[:: quant_format.height(len(q))].to(dtype), zero)
-    if quant_format.format == "fp8":
-        return Codes(q.to(torch.float8_e4m3fn), scale[:: quant_format.height(len(q))].to(dtype))
-    if quant_format.format == "mxfp8":
-        return Codes(q.to(torch.float8_e4m3fn), _exponents(scale))
     size = (2 * q.abs()).to(torch.uint8)  # 0 1 2 3 4 6 8 12 ▶ 0 … 7
     q = (
         torch.where(size < 5, size, torch.where(size == 6, 5, torch.where(size == 8, 6, 7)))

@@ -147,3 +147,15 @@ def test_codes_of_a_shared_global_scale_share_no_memory():
     first, second = (to_codes(W, nvfp4, fit(W, nvfp4, overall=overall), torch.float32) for _ in range(2))
     assert torch.equal(first.overall, second.overall)
     assert first.overall.data_ptr() != second.overall.data_ptr()
+
+
+def test_nearest_e4m3_is_torchs_conversion():
+    """Every value of E4M3, the points between two, and those beside them."""
+    values = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn).float()
+    values = values[values.isfinite()].sort().values
+    between = (values[1:] + values[:-1]) / 2
+    ends = torch.full_like(between, 448)
+    t = torch.cat([values, between, between.nextafter(ends), between.nextafter(-ends)])
+    expected = t.to(torch.float8_e4m3fn).float()
+    result = nearest(t.clone(), QuantFormat("fp8"))
+    assert torch.equal(result.view(torch.int32), expected.view(torch.int32))

@@ -51,13 +51,13 @@ def init(
 
 def load_or_make(path: Path, sets: Sequence[str], preset: str | None, output: Path | None, offline: bool) -> Recipe:
     """The recipe in a file; with ``preset`` that of a model. ``output`` and ``offline`` are set in it."""
+    sets = [*sets, *([f"output={output}"] if output else []), *(["offline=true"] if offline else [])]
+    if preset is None:
+        return load(path, sets)
     from compress.presets.begin import first_recipe, named_output
     from compress.presets.drafts import GOALS
     from compress.recipe import recipe_from_mapping
 
-    sets = [*sets, *([f"output={output}"] if output else []), *(["offline=true"] if offline else [])]
-    if preset is None:
-        return load(path, sets)
     model = str(path)
     result = named_output(model, preset)
     options = {key: True for key in ("trust_remote_code", "ignore_auto_map", "allow_links") if f"{key}=true" in sets}
