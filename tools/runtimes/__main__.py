@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -35,8 +36,9 @@ def measured(
     if "vLLM" in runtimes:
         outputs["transformers"] = cells("transformers", name, artefacts, fresh)
     for runtime in runtimes:
+        start = time.perf_counter()
         outputs[runtime] = cells(runtime, name, artefacts, fresh)
-        print(name, runtime, file=sys.stderr, flush=True)
+        print(f"{name} in {runtime}: {time.perf_counter() - start:.0f} s", file=sys.stderr, flush=True)
     question = json.loads(asked(name).read_text())
     rows = {}
     for one in artefacts:
@@ -66,7 +68,7 @@ def reference(outputs: dict[str, Any], runtime: str, name: str) -> dict[str, Any
 
 
 def merged(before: dict[str, Any] | None, row: dict[str, Any], order: list[str]) -> dict[str, Any]:
-    """A model's row with what was measured before, where it was not measured again."""
+    """A model's row with what was measured before, where only a part was measured again."""
     old = {} if before is None else before["artefacts"]
     artefacts = {}
     for one in order:
@@ -81,24 +83,26 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--fresh", action="store_true", help="compute finished cells again")
     parser.add_argument(
-        "--models", nargs="+", choices=MODELS, default=list(MODELS), help="to open; others keep their rows"
+        "--models", nargs="*", choices=MODELS, default=list(MODELS), help="to open; others keep their rows"
     )
     parser.add_argument("--runtimes", nargs="+", choices=RUNTIMES, help="to open them in; others keep their figures")
     parser.add_argument("--artefacts", nargs="+", help="rows to measure; others keep their figures")
-    parser.add_argument("--model", type=Path, help="instead: a causal model of your own, which --recipe compresses")
+    parser.add_argument("--model", type=Path, help="one more: a causal model of your own, which --recipe compresses")
     parser.add_argument("--recipe", type=Path, default=RECIPE, help="with exports to gguf and onnx")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override a key of the recipe")
     parser.add_argument("--speed", action="store_true", help="measure tokens per second in llama.cpp with it, too")
     given = parser.parse_args()
     if given.model:
-        given.models = [add(given.model, given.recipe, given.set, given.speed)]
+        given.models.append(add(given.model, given.recipe, given.set, given.speed))
+    part = given.runtimes or given.artefacts
     BUILD.mkdir(parents=True, exist_ok=True)
     for name in given.models:
         chosen = tuple(each for each in MODELS[name].runtimes if each in (given.runtimes or RUNTIMES))
         names = [one for one in MODELS[name].artefacts if one in (given.artefacts or MODELS[name].artefacts)]
         row, used = measured(name, chosen, names, given.fresh)
         table = json.loads(TABLE.read_text(encoding="utf-8"))  # another process may have written it meanwhile
-        table["models"][name] = merged(table["models"].get(name), row, list(MODELS[name].artefacts))
+        before = table["models"].get(name) if part else None
+        table["models"][name] = merged(before, row, list(MODELS[name].artefacts))
         table["runtimes"] |= used
         TABLE.write_text(json.dumps(table, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
         write(table, PAGE)

@@ -34,7 +34,7 @@ RUNTIMES = {
 def cells(runtime: str, model: str, names: Iterable[str], fresh: bool) -> dict[str, dict[str, Any]]:
     """Outputs by name of the artefact: arrays by name, or ``error``, one line. A Python runtime starts once for all."""
     form, script = RUNTIMES[runtime]
-    folder = BUILD / "cells" / model
+    folder = _folder(model)
     folder.mkdir(parents=True, exist_ok=True)
     targets = {name: folder / f"{runtime}-{name.replace(' ', '-')}.npz" for name in names}
     missing = {name: target for name, target in targets.items() if fresh or not target.exists()}
@@ -43,6 +43,10 @@ def cells(runtime: str, model: str, names: Iterable[str], fresh: bool) -> dict[s
         pairs = {path: missing[name] for name, path in opened.items()}
         (_run_node if script.endswith(".mjs") else _run_python)(runtime, script, model, pairs)
     return {name: {key: _plain(value) for key, value in np.load(target).items()} for name, target in targets.items()}
+
+
+def _folder(model: str) -> Path:
+    return BUILD / "cells" / model.replace(" ", "-")
 
 
 def _plain(value: Any) -> Any:
@@ -69,7 +73,7 @@ def _run_python(runtime: str, script: str, model: str, pairs: dict[Path, Path]) 
         [command, str(HERE / script), str(asked(model)), *arguments],
         env=environment, cwd=BUILD, capture_output=True, text=True, check=False,
     )  # fmt: skip
-    (BUILD / "cells" / model / f"{runtime}.log").write_text(result.stdout + result.stderr)
+    (_folder(model) / f"{runtime}.log").write_text(result.stdout + result.stderr)
     for target in pairs.values():
         if not target.exists():
             np.savez(target, error=f"the process ended with status {result.returncode}: {_last_line(result.stderr)}")
@@ -80,7 +84,7 @@ def _run_node(runtime: str, script: str, model: str, pairs: dict[Path, Path]) ->
     arguments = [str(path) for source, target in pairs.items() for path in (source, target.with_suffix(".json"))]
     command = ["node", str(HERE / script), str(asked(model)), *arguments]
     result = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    (BUILD / "cells" / model / f"{runtime}.log").write_text(result.stdout + result.stderr)
+    (_folder(model) / f"{runtime}.log").write_text(result.stdout + result.stderr)
     for target in pairs.values():
         content = target.with_suffix(".json")
         values = json.loads(content.read_text()) if content.exists() else {"error": _last_line(result.stderr)}

@@ -24,7 +24,8 @@ def log_softmax(logits: Any) -> Any:
 def figures(values: Mapping[str, Any], reference: Mapping[str, Any], asked: Mapping[str, Any]) -> dict[str, Any]:
     """Figures by name, or ``no``: why the runtime does not open the artefact. ``asked``: as of `models.asked`.
 
-    ``largest``: largest difference of logits, or of hidden states; ``kl``: nats per token. ``gap``: mean difference of the
+    ``largest``: largest difference of logits, or of hidden states; ``from_float64``: that of the first ones from what float64
+    gives. ``kl``: nats per token. ``gap``: mean difference of the
     log-probabilities of the likeliest tokens; ``top1``: share of places with the same likeliest token. ``halves``: largest
     difference of the logits when the text is read in halves. ``greedy``: equal tokens; ``of``: decoded ones. ``ids``: whether
     the ids of the text are equal. ``bits_per_byte`` and its ``difference``. ``cosine``: least of embeddings. What ends in
@@ -35,6 +36,8 @@ def figures(values: Mapping[str, Any], reference: Mapping[str, Any], asked: Mapp
     result: dict[str, Any] = {}
     if "logits" in values and "logits" in reference:
         result["largest"] = float(np.abs(values["logits"] - reference["logits"]).max())
+        if (wide := reference.get("wide")) is not None:
+            result["from_float64"] = float(np.abs(values["logits"][: len(wide)] - wide).max())
         if asked["causal"]:
             p, q = log_softmax(reference["logits"]), log_softmax(values["logits"])
             result["kl"] = max(0.0, float((np.exp(p) * (p - q)).sum(-1).mean()))

