@@ -12,10 +12,11 @@ import json
 import sys
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from compress.checkpoint.open import open_headers
 from compress.checkpoint.runtimes import TABLE, holdings
+from compress.evaluation.throughput_settings import RuntimeName
 from compress.spec.classes import auto_class
 from tools.runtimes.cells import RUNTIMES, cells
 from tools.runtimes.environments import BUILD
@@ -46,7 +47,7 @@ def measured(
         spec, _ = open_headers(artefact(name, one, "checkpoint"), trust_remote_code=True)
         opens = {each: figures(outputs[each][one], reference(outputs, each, one), question) for each in runtimes}
         rows[one] = {"what": made.what, "holds": holdings(spec), "opens": opens}
-        if (measured_rates := rates(name, one)) is not None:
+        if measured_rates := rates(name, one):
             rows[one]["rates"] = measured_rates
     versions = {runtime: max(str(one.get("version", "")) for one in outputs[runtime].values()) for runtime in runtimes}
     used = {runtime: {"version": versions[runtime], "opens": RUNTIMES[runtime][0]} for runtime in runtimes}
@@ -90,7 +91,9 @@ def main() -> None:
     parser.add_argument("--model", type=Path, help="one more: a causal model of your own, which --recipe compresses")
     parser.add_argument("--recipe", type=Path, default=RECIPE, help="with exports to gguf and onnx")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override a key of the recipe")
-    parser.add_argument("--speed", action="store_true", help="measure tokens per second in llama.cpp with it, too")
+    parser.add_argument(
+        "--speed", nargs="+", default=[], choices=get_args(RuntimeName), help="and measure tokens per second"
+    )
     given = parser.parse_args()
     if given.model:
         given.models.append(add(given.model, given.recipe, given.set, given.speed))

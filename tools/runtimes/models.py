@@ -84,6 +84,8 @@ PRUNED = {
         "trellis codes of 3 bits in a block, compact", "cast", {"weights": "trellis3", "only": ["*layers.0.*"], **FAST}
     ),
 }
+#: Runtimes of `throughput` ▶ their environments.
+ENVIRONMENTS = {"onnxruntime": "onnxruntime-genai", "vllm": "vLLM"}
 #: Tokens that are decoded.
 NEW = 64
 CAUSAL = (
@@ -132,10 +134,10 @@ MODELS = {
 }
 
 
-def add(folder: Path, recipe: Path, sets: list[str], speed: bool) -> str:
+def add(folder: Path, recipe: Path, sets: list[str], speed: list[str]) -> str:
     """Add a causal model whose artefact a recipe makes, with exports to gguf and onnx; its name is that of the folder.
 
-    ``speed``: the recipe measures tokens per second in llama.cpp, too.
+    ``speed``: runtimes in which the recipe measures tokens per second, too.
     """
     made = {
         recipe.stem: Artefact(
@@ -144,7 +146,8 @@ def add(folder: Path, recipe: Path, sets: list[str], speed: bool) -> str:
             {"recipe": recipe, "sets": sets, "speed": speed},
         )
     }
-    command = " ".join(["--model", folder.name, *(f"--set {one}" for one in sets), *(["--speed"] if speed else [])])
+    asked_speed = ["--speed", *speed] if speed else []
+    command = " ".join(["--model", folder.name, *(f"--set {one}" for one in sets), *asked_speed])
     MODELS[folder.name] = Model(f'`make runtimes ARGS="{command}"`', DENSE | made, SERVED, 1000, folder)
     return folder.name
 
@@ -172,8 +175,11 @@ def artefact(model: str, name: str, form: str) -> Path:
     place = BUILD / "artefacts" / model.replace(" ", "-") / name.replace(" ", "-")
     source = place if made.settings else folder_of(model)
     if "recipe" in made.settings:
-        if not source.exists() or (made.settings["speed"] and _rates(source) is None):
-            _run_recipe(model, source, made.settings)
+        for runtime in made.settings["speed"]:
+            if not _rates_file(source, runtime).exists():
+                _run_recipe(model, source, made.settings, runtime)
+        if not source.exists():
+            _run_recipe(model, source, made.settings, None)
     elif not source.exists():
         compress.apply(made.name, folder_of(model), source, progress=False, **made.settings)
     if form == "checkpoint":
@@ -191,29 +197,33 @@ def artefact(model: str, name: str, form: str) -> Path:
     return path
 
 
-def _run_recipe(model: str, output: Path, settings: Mapping[str, Any]) -> None:
+def _run_recipe(model: str, output: Path, settings: Mapping[str, Any], runtime: str | None) -> None:
+    """Make the recipe's artefact, and measure tokens per second in a runtime; both sides' are kept beside it."""
     import compress
     from tools.runtimes.llama_cpp import libraries
 
     sets = [f"model={folder_of(model)}", f"output={output}", *settings["sets"]]
-    if settings["speed"]:
-        sets.append(f"evaluate=[{{throughput: {{runtime: llama.cpp, path: {libraries()}}}}}]")
-    compress.run(settings["recipe"], sets=sets, publish_anyway=True, progress=False)
-
-
-def rates(model: str, name: str) -> dict[str, Any] | None:
-    """What the artefact's recipe measured as `throughput`, of the original and of the result; None where it did not."""
-    return _rates(artefact(model, name, "checkpoint"))
-
-
-def _rates(source: Path) -> dict[str, Any] | None:
-    report = Path(f"{source}.run", "report.json")
-    content = json.loads(report.read_text()) if report.exists() else {"result": {}}
-    if content["result"].get("throughput") is None:
-        return None
-    sides = [content[side]["throughput"] for side in ("original", "result")]
+    if runtime is None:
+        compress.run(settings["recipe"], sets=sets, publish_anyway=True, progress=False)
+        return
+    place = libraries() if runtime == "llama.cpp" else python(ENVIRONMENTS[runtime]).parent.parent
+    sets.append(f"evaluate={json.dumps([{'throughput': {'runtime': runtime, 'path': str(place)}}])}")
+    report = compress.run(settings["recipe"], sets=sets, publish_anyway=True, progress=False).report
+    sides = [report[side]["throughput"] for side in ("original", "result")]
     facts = {key: sides[1][key] for key in ("runtime", "version", "prompt", "generated", "threads", "rounds")}
-    return facts | {kind: [side[kind]["median"] for side in sides] for kind in ("prefill", "decode")}
+    measured = facts | {kind: [side[kind]["median"] for side in sides] for kind in ("prefill", "decode")}
+    _rates_file(output, runtime).write_text(json.dumps(measured))
+
+
+def _rates_file(source: Path, runtime: str) -> Path:
+    return Path(f"{source}.{runtime}.rates")
+
+
+def rates(model: str, name: str) -> list[dict[str, Any]]:
+    """What the artefact's recipe measured as `throughput`, of the original and of the result, by runtime."""
+    source = artefact(model, name, "checkpoint")
+    files = (_rates_file(source, runtime) for runtime in MODELS[model].artefacts[name].settings.get("speed", ()))
+    return [json.loads(file.read_text()) for file in files]
 
 
 def asked(model: str) -> Path:

@@ -75,10 +75,10 @@ def _cell(runtime: str, figures: dict[str, Any] | None, reasons: dict[tuple[str,
 
 def _rates(artefacts: dict[str, Any]) -> Iterator[str]:
     """Tokens per second, of the artefacts whose recipes measured them."""
-    measured = {name: facts["rates"] for name, facts in artefacts.items() if "rates" in facts}
+    measured = [(name, rates) for name, facts in artefacts.items() for rates in facts.get("rates", ())]
     if measured:
         yield from ("", "| tokens per second | | prompt | ratio | decode | ratio |", "|---|---|---|---|---|---|")
-    for name, facts in measured.items():
+    for name, facts in measured:
         how = f"{facts['runtime']} {facts['version']}, {facts['prompt']} + {facts['generated']} tokens"
         columns = [text for kind in ("prefill", "decode") for text in _change(*facts[kind])]
         threads = "one thread" if facts["threads"] == 1 else f"{facts['threads']} threads"
@@ -101,11 +101,12 @@ def _over_all(runtime: str, artefacts: dict[str, Any]) -> Iterator[str]:
     each = [one["opens"][runtime] for one in opened]
     wide = [one["opens"][runtime].get("from_float64") for one in opened if not one["holds"]]
     halves = [figures["halves"] for figures in each if "halves" in figures]
-    greedy = [f"{figures['greedy']} of {figures['of']}" for figures in each if "greedy" in figures]
+    greedy = [(figures["greedy"], figures["of"]) for figures in each if "greedy" in figures]
     ids = [figures["ids"] for figures in each if "ids" in figures]
     yield f"{max(filter(None, wide)):.1e}" if any(wide) else ""
     yield f"{max(halves):.0e}" if halves else ""
-    yield min(greedy, key=lambda text: int(text.split()[0])) if greedy and runtime != "transformers" else ""
+    fewest = min(greedy, key=lambda counts: counts[0] / counts[1], default=None)
+    yield "" if fewest is None or runtime == "transformers" else f"{fewest[0]} of {fewest[1]}"
     yield "" if not ids else "equal" if all(ids) else "differ"
 
 

@@ -27,6 +27,8 @@ from each import each
 #: Whether kernels for int4 round inputs that the checkpoint does not ask to round, where the CPU has AMX; so by default.
 ROUNDS = "VLLM_CPU_INT4_W4A8"
 LIKELIEST = 20
+#: Tokens that are decoded where each token's inputs are rounded to fp8: without fp8 products in the CPU one takes seconds.
+FEW = 8
 torch.cpu._init_amx()  # asks Linux for AMX, which a kernel of vLLM 0.32 for int4 uses without
 
 
@@ -34,8 +36,11 @@ def outputs(folder, asked):
     """``top_ids`` and ``top_logprobs`` [places, 20], likeliest first, and ``greedy``, from products of bfloat16; with
     ``_by_default`` behind them what kernels give that round inputs, where there are any.
     """
+    config = Path(folder, "config.json").read_text()
+    if '"float-quantized"' in config and '"token"' in config:
+        asked = asked | {"new_tokens": FEW}
     results = served(folder, asked, "0")
-    if "pack-quantized" in Path(folder, "config.json").read_text():
+    if "pack-quantized" in config:
         results |= {f"{name}_by_default": value for name, value in served(folder, asked, "1").items()}
     return results | {"version": vllm.__version__}
 
