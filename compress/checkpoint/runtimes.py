@@ -71,7 +71,7 @@ def opened(spec: Spec) -> dict[MeasuredRuntime, bool]:
 
 
 def unopened(spec: Spec, runtime: str) -> list[str]:
-    """What a checkpoint holds that a runtime was tried with and opened in no artefact."""
+    """Formats and parts of a checkpoint that a runtime was tried with and opened in no artefact."""
     answers = _answers(spec)
     return [held for held in holdings(spec) or ["floats"] if answers.get((runtime, held)) == {False}]
 
