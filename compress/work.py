@@ -19,7 +19,7 @@ from compress.errors import CompressError
 from compress.files import read_record, write_record
 
 #: Version of the models of time below and of the code that measures rates.
-_VERSION = 5
+_VERSION = 6
 
 #: Kind ▶ the terms of its time, each as exponents of (O, I). Of products, Hessians, and passes over values: for one token, row
 #: or value.
@@ -29,8 +29,9 @@ _VERSION = 5
 #: problem of ALPS. `inverse`: a Hessian's inverse. `obs`: a step of removing units. `nearest`, `searched`: rounding one matrix
 #: without data. `low_rank`, `low_rank_tall`: factors of a matrix with O <= I, and of others. `logits`: of one logit, its
 #: probability and a divergence. `adamw`: a step of one value in training. `spill`: a byte of activations written and read.
-#: `calls`: a small operation. `disk`: a byte written, digested, read and digested again. `text`: a byte made tokens.
-#: `start`: a process with torch and transformers. `clock`: seconds that something lasts. Others: solving one matrix.
+#: `calls`: a small operation. `trellis`: the codes of one matrix, beside `gptq`. `disk`: a byte written, digested, read and
+#: digested again. `text`: a byte made tokens. `start`: a process with torch and transformers. `clock`: seconds that something
+#: lasts. Others: solving one matrix.
 TERMS: Mapping[str, tuple[tuple[int, int], ...]] = {
     "product": ((1, 0), (0, 1), (1, 1)),
     "hessian": ((0, 1), (0, 2)),
@@ -46,6 +47,7 @@ TERMS: Mapping[str, tuple[tuple[int, int], ...]] = {
     "sparsegpt": ((0, 1), (1, 1), (1, 2)),
     "alps": ((1, 1), (1, 2), (0, 3)),
     "gptq": ((0, 1), (1, 1), (1, 2)),
+    "trellis": ((0, 1), (1, 1)),
     "quantease": ((0, 1), (1, 1), (1, 2)),
     "kronecker": ((1, 0), (0, 1), (1, 2), (2, 1)),
     "yaqa": ((0, 1), (1, 1), (1, 2), (2, 1)),
@@ -72,7 +74,8 @@ _ROUGH: Mapping[str, tuple[float, ...]] = {
     "product": (0.0, 0.0, 2e-11), "hessian": (1e-9, 1e-11), "hessian_wide": (1e-11,), "values": (4e-10,),
     "attention": (5e-11,), "adam": (5e-9,), "factor": (2e-8, 4e-11), "factor_wide": (4e-11,), "eigen": (7e-8, 1.2e-10),
     "eigen_wide": (1.2e-10,), "wanda": (1e-8, 4e-11), "sparsegpt": (1e-5, 1.5e-8, 5e-11), "alps": (3e-7, 1e-9, 2e-10),
-    "gptq": (1e-5, 1.5e-8, 5e-11), "quantease": (7e-5, 2e-8, 1.6e-10), "kronecker": (2e-4, 2e-4, 0.0, 4e-10),
+    "gptq": (1e-5, 1.5e-8, 5e-11), "trellis": (1e-3, 2e-6), "quantease": (7e-5, 2e-8, 1.6e-10),
+    "kronecker": (2e-4, 2e-4, 0.0, 4e-10),
     "yaqa": (3e-4, 0.0, 0.0, 8e-10), "inverse": (2e-8, 5e-11), "obs": (5e-7, 1e-9, 1e-9),
     "least_squares": (1e-8, 6e-11, 2e-11), "low_rank": (6e-11, 2e-10), "low_rank_tall": (6e-11, 2e-10),
     "shared_matrix": (1e-8, 1.5e-10, 4e-11), "logits": (5e-9,), "adamw": (3e-9,), "spill": (6e-10,), "calls": (2e-6,),

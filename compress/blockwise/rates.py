@@ -35,6 +35,7 @@ from compress.solvers.quant_format import fit, integer_codes
 from compress.solvers.quantease import quantease
 from compress.solvers.shared_matrix import shared_matrix
 from compress.solvers.sparsegpt import sparsegpt
+from compress.solvers.trellis import TrellisCoder
 from compress.solvers.wanda import keep_wanda
 from compress.solvers.yaqa import gptq_kronecker, kronecker_error, shrunk, yaqa
 from compress.spec.formats import QuantFormat
@@ -254,6 +255,11 @@ def _solvers() -> dict[str, list[SizeSeconds]]:
             most = 0.01 if kind in ("alps", "kronecker", "yaqa") else 0.1
             if kind != "alps" or outputs < 1024:
                 rows.setdefault(kind, []).append((outputs, inputs, _seconds(getattr(matrix, kind), most)))
+    coder, columns = TrellisCoder(3, torch.device("cpu")), 8
+    for outputs in (256, 1024):
+        columns_CO, scales_O = torch.randn(columns, outputs), torch.ones(outputs)
+        taken = _seconds(partial(coder.columns, columns_CO, scales_O), 0.01)
+        rows.setdefault("trellis", []).append((outputs, columns, taken))
     return rows
 
 

@@ -21,7 +21,8 @@ FitFamilies = Annotated[
     str | None,
     typer.Option(
         "--families",
-        help="What may be given up besides bits, by default all: depth, width, kv_heads, sharing, sparsity, embeddings.",
+        help="What may be given up besides bits, by default all: depth, width, kv_heads, sharing, sparsity, embeddings, "
+        "trellis.",
         metavar="NAME,…",
     ),
 ]

@@ -10,7 +10,8 @@ from compress.architectures.model_map import model_map
 from compress.recipe.fit import FamilyName
 from compress.spec.spec import Spec
 
-#: What a family gives up: a number of blocks or KV heads, a share of neurons or weights, stored blocks that remain, a format.
+#: What a family gives up: a number of blocks or KV heads, a share of neurons or weights, stored blocks that remain, a format;
+#: of trellis codes that they are used.
 Concession = int | float | str
 #: Family ▶ what it gives up.
 Choice = Mapping[FamilyName, Concession]
@@ -21,6 +22,10 @@ _NEURONS = (0.125, 0.25, 0.375, 0.5, 0.625, 0.75)
 _WEIGHTS = (0.3, 0.5, 0.65)
 _TABLES = ("int8", "int6", "int4", "int3")
 _SHARED = (2, 3, 4)
+#: The amount of the family of trellis codes.
+TRELLIS = "codes"
+#: Formats of a budget with trellis codes: of more than four bits integers are as good.
+TRELLIS_FORMATS = ("int8", "int6", "int5", "trellis4", "trellis3", "trellis2")
 
 
 def amounts(family: FamilyName, spec: Spec) -> list[Concession]:
@@ -35,6 +40,8 @@ def amounts(family: FamilyName, spec: Spec) -> list[Concession]:
         return sorted({max(1, round(share * heads)) for share in _HEADS} - {heads})
     if family == "sharing":
         return [depth // each for each in _SHARED if depth % each == 0 and depth > each]
+    if family == "trellis":
+        return [TRELLIS]
     return list(_WEIGHTS) if family == "sparsity" else list(_TABLES)
 
 
@@ -84,8 +91,12 @@ class Making:
 
     def cast(self, choice: Choice, modules: Sequence[str], amount: Mapping[str, Any]) -> dict[str, Any]:
         """The cast that ends a combination. ``modules``: of the tables. ``amount``: its bits, bytes or format."""
-        overrides = dict.fromkeys(modules, choice["embeddings"]) if "embeddings" in choice else {}
-        return {"cast": {**amount, "effort": self.effort, **({"overrides": overrides} if overrides else {})}}
+        cast = {**amount, "effort": self.effort}
+        if "trellis" in choice and "weights" not in amount:
+            cast["formats"] = list(TRELLIS_FORMATS)
+        if "embeddings" in choice:
+            cast["overrides"] = dict.fromkeys(modules, choice["embeddings"])
+        return {"cast": cast}
 
 
 def text(choice: Choice, spec: Spec) -> str:
@@ -98,6 +109,7 @@ def text(choice: Choice, spec: Spec) -> str:
         "sharing": "{} of " + str(depth) + " blocks stored",
         "sparsity": "{} of the weights removed",
         "embeddings": "tables as {}",
+        "trellis": "trellis {}",
     }
     shown = {f: f"{100 * a:g} %" if isinstance(a, float) else str(a) for f, a in choice.items()}
     return ", ".join(words[f].format(shown[f]) for f in choice) or "bits alone"

@@ -45,7 +45,7 @@ def trial_rows(document: Mapping[str, Any]) -> list[Sequence[str]]:
 
 
 def _amount(family: str, amount: Any) -> str:
-    if family == "bits":
+    if family in ("bits", "trellis") and isinstance(amount, float):
         return f"{amount:.2f} bits per weight"
     return f"{100 * amount:g} %" if isinstance(amount, float) else str(amount)
 

@@ -75,7 +75,7 @@ class Ranked:
 
 def ranked(
     costs: Mapping[FamilyName, Mapping[Concession, float]],
-    curve: Curve,
+    curve: Callable[[Choice], Curve],
     weights: Callable[[Choice], Weights | None],
     most: int,
     least_bits: float,
@@ -83,15 +83,15 @@ def ranked(
     """Every combination that can keep the bound, the cheapest first.
 
     Args:
-        costs: family ▶ amount ▶ its divergence alone. weights: of a combination; None where its passes do not go together.
-        least_bits: per weight, of the smallest format.
+        costs: family ▶ amount ▶ its divergence alone. curve: of the codes of a combination.
+        weights: of a combination; None where its passes do not go together. least_bits: per weight, of the smallest format.
     """
     result = []
     for choice in combinations(costs):
         if (of := weights(choice)) is None or (bits := of.bits(most)) < least_bits:
             continue
         divergence = sum(costs[family][amount] for family, amount in choice.items())
-        result.append(Ranked(choice, bits, divergence + curve.at(bits)))
+        result.append(Ranked(choice, bits, divergence + curve(choice).at(bits)))
     return sorted(result, key=lambda one: (one.divergence, len(one.choice)))
 
 

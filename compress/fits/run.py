@@ -190,6 +190,8 @@ def _document(
     """The search as JSON values."""
     assert search.curve is not None
     best = done[0][0]
+    points = [] if search.trellis is None else search.trellis.points
+    trellis = [[bits, cost, search.alone({}, bits)] for bits, cost in points]
     return {
         "schema": "compress.fit/1",
         "model": str(made["model"]),
@@ -201,7 +203,8 @@ def _document(
         "families": {
             f: [[amount, cost, search.alone({f: amount})] for amount, cost in costs.items()]
             for f, costs in search.costs.items()
-        },
+        }
+        | ({"trellis": trellis} if trellis else {}),
         "left_out": dict(search.left_out),
         "ranked": [_row(one) for one in ranking[:20]],
         "finalists": [

@@ -12,7 +12,7 @@ from compress import passes
 from compress.architectures.model_map import model_map
 from compress.checkpoint.store import Store
 from compress.errors import CompressError, PassError
-from compress.fits.families import Choice, Concession, Making, amounts, at_least, tables, text
+from compress.fits.families import TRELLIS, Choice, Concession, Making, amounts, at_least, tables, text
 from compress.fits.rank import Curve, Ranked, Weights, finalists, ranked
 from compress.fits.trials import TrialRunner, Tried
 from compress.formatting import format_bytes
@@ -30,6 +30,8 @@ from compress.spec.spec import DTYPE_BITS, Spec
 LADDER = ("int2", "int3", "int4")
 #: Codes of 8 bits with a scale for each output: from here on nothing is gained by more.
 _FINEST = 8.1
+#: Bits per weight from which on trellis codes are not tried: integers of so many round as well.
+_MANY_BITS = 5.5
 #: A family is measured no further from this cost on, nats per token: such a model is of no use.
 _USELESS = 4.0
 #: Samples that trials of one amount are calibrated on, at most; finalists have all.
@@ -88,6 +90,12 @@ class PlannedBytes:
         return 8 * (self.bytes(cast) - self.bytes(self.spec) + floats) / count
 
     def _weights(self, choice: Choice) -> Weights:
+        if "trellis" in choice:
+            others = {f: a for f, a in choice.items() if f != "trellis"}
+            if (weights := self.weights(others)) is None or self.store != "compact":
+                raise PassError("only the compact store has trellis codes")
+            self.planned([*Making("fast").smaller(others), trellis_cast(3)])
+            return weights
         entries = Making("fast").smaller({f: a for f, a in choice.items() if f != "sparsity"})
         if "embeddings" in choice:
             entries.append(table_cast(self.spec, choice["embeddings"]))
@@ -108,13 +116,19 @@ def table_cast(spec: Spec, amount: Concession) -> dict[str, Any]:
     return {"cast": {"weights": amount, "method": "rtn", "only": tables(spec)}}
 
 
+def trellis_cast(bits: int) -> dict[str, Any]:
+    """The cast of all matrices to trellis codes of one number of bits."""
+    return {"cast": {"weights": f"trellis{bits}", "effort": "fast"}}
+
+
 @dataclass
 class Search:
     """A search within a bound.
 
     Attributes:
         most: bytes. settings: of the section `fit`. samples: number of calibration samples.
-        curve, costs: as far as they are measured. left_out: family ▶ why it is not used.
+        curve, costs, trellis: as far as they are measured; the curves of integers and of trellis codes.
+        left_out: family ▶ why it is not used.
     """
 
     most: int
@@ -126,6 +140,7 @@ class Search:
     curve: Curve | None = None
     costs: dict[FamilyName, dict[Concession, float]] = field(default_factory=dict)
     left_out: dict[FamilyName, str] = field(default_factory=dict)
+    trellis: Curve | None = None
 
     @property
     def spec(self) -> Spec:
@@ -139,8 +154,12 @@ class Search:
             CompressError: none can; it names what the smallest takes.
         """
         self._measure_bits()
-        for family in sorted(self.settings.families, key=lambda f: f != "embeddings"):
-            self._measure_family(family)
+        first: list[FamilyName] = ["embeddings", "trellis"]  # they bound what the others may cost
+        for family in sorted(self.settings.families, key=lambda f: first.index(f) if f in first else len(first)):
+            if family == "trellis":
+                self._measure_trellis()
+            else:
+                self._measure_family(family)
         ranking = self._ranked()
         if not ranking:
             raise self._hopeless()
@@ -210,16 +229,18 @@ class Search:
         """The price of each family of a combination: its amount, bytes at the combination's bits, and divergence."""
         weights = self.sizes.weights(choice)
         assert weights is not None
-        assert self.curve is not None
         bits = weights.bits(self.most)
         rows = []
         for family, amount in choice.items():
+            if family == "trellis":
+                continue
             without = self.sizes.weights({f: a for f, a in choice.items() if f != family})
             assert without is not None
             spared = without.bytes(bits) - weights.bytes(bits)
             rows.append({"family": family, "amount": amount, "bytes": spared, "divergence": self.costs[family][amount]})
         dense = self.alone({f: a for f, a in choice.items() if f != "sparsity"})
-        rows.append({"family": "bits", "amount": bits, "bytes": dense - self.most, "divergence": self.curve.at(bits)})
+        codes, cost = "trellis" if "trellis" in choice else "bits", self.curve_of(choice).at(bits)
+        rows.append({"family": codes, "amount": bits, "bytes": dense - self.most, "divergence": cost})
         return rows
 
     def require_possible(self) -> None:
@@ -286,7 +307,30 @@ class Search:
             del self.costs[family]
             self.left_out.setdefault(family, "this model has nothing to give up there")
 
+    def _measure_trellis(self) -> None:
+        """Measure trellis codes of about as many bits as the best combination so far has."""
+        ranking = self._ranked()
+        bits = ranking[0].bits if ranking else self.sizes.least_bits
+        if self.sizes.weights({"trellis": TRELLIS}) is None:
+            self.left_out["trellis"] = "this model's matrices, or its store, take no trellis codes"
+        elif bits > _MANY_BITS:
+            self.left_out["trellis"] = f"{bits:.2f} bits per weight are enough for integers"
+        else:
+            entries = [trellis_cast(min(4, max(2, round(bits))))]
+            stored = self.sizes.bits(CastSettings.model_validate(entries[0]["cast"]))
+            tried = self._try(f"{entries[0]['cast']['weights']}, {stored:.2f} bits per weight", entries)
+            if tried is not None:
+                self.trellis = Curve(((stored, tried.divergence),))
+
+    def curve_of(self, choice: Choice) -> Curve:
+        """The curve of a combination's codes."""
+        curve = self.trellis if "trellis" in choice else self.curve
+        assert curve is not None
+        return curve
+
     def _alone(self, family: FamilyName, amount: Concession) -> list[dict[str, Any]]:
+        if family == "trellis":
+            return [trellis_cast(3)]
         if family == "embeddings":
             return [table_cast(self.spec, amount)]
         return Making("fast").smaller({family: amount})
@@ -302,9 +346,10 @@ class Search:
         return ranking[0].divergence if ranking else math.inf
 
     def _ranked(self) -> list[Ranked]:
-        assert self.curve is not None
         costs = {f: c for f in self.settings.families if (c := self.costs.get(f))}
-        return ranked(costs, self.curve, self.sizes.weights, self.most, self.sizes.least_bits)
+        if self.trellis is not None:
+            costs["trellis"] = {TRELLIS: 0.0}
+        return ranked(costs, self.curve_of, self.sizes.weights, self.most, self.sizes.least_bits)
 
     def _hopeless(self) -> CompressError:
         least = min(filter(None, (self.sizes.least(c) for c in self._extremes())), default=None)

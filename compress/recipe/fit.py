@@ -8,8 +8,8 @@ from pydantic import Field, model_validator
 
 from compress.settings import AllowedIncrease, ByteSize, Settings, SizeRatio
 
-#: Families that can give up bytes, in the order of their passes. Bits per weight always can.
-FamilyName = Literal["depth", "width", "kv_heads", "sharing", "sparsity", "embeddings"]
+#: Families that can give up bytes, in the order of their passes, and trellis codes. Bits per weight always can.
+FamilyName = Literal["depth", "width", "kv_heads", "sharing", "sparsity", "embeddings", "trellis"]
 FAMILIES: tuple[FamilyName, ...] = get_args(FamilyName)
 
 
@@ -29,7 +29,8 @@ class Bound(Settings):
         default=FAMILIES,
         description="What may be given up besides bits per weight. `depth`: blocks. `width`: neurons of MLPs. `kv_heads`: KV "
         "heads, with the query heads that read them. `sharing`: blocks store their weights together. `sparsity`: single "
-        "weights, with `store: compact`. `embeddings`: bits of the tables of tokens and of the head.",
+        "weights, with `store: compact`. `embeddings`: bits of the tables of tokens and of the head. `trellis`: trellis codes "
+        "in place of integers of 2 to 4 bits, with `store: compact`; they cost time, not accuracy.",
     )
     tokens: int = Field(
         default=0,

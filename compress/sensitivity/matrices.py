@@ -24,6 +24,7 @@ from compress.sensitivity.output_curvature import Gradients
 from compress.sensitivity.samples import SampleLoop, token_losses
 from compress.solvers.memory import parts_of
 from compress.solvers.quant_format import dequantize, fit, to_codes
+from compress.solvers.trellis import likely_error
 from compress.spec.formats import QuantFormat
 
 #: Rows of a matrix, at least, that tell the squared error of an option beside that of another one.
@@ -69,7 +70,9 @@ class RoundingDelta:
 
 
 def _rounding_error(W_OI: torch.Tensor, quant_format: QuantFormat) -> torch.Tensor:
-    """Nearest codes less the weights, float32 [O, I]."""
+    """Nearest codes less the weights, float32 [O, I]; of trellis codes, which take long to find, an error of the same size."""
+    if quant_format.is_trellis:
+        return likely_error(W_OI, quant_format.bits)
     return dequantize(to_codes(W_OI, quant_format, fit(W_OI, quant_format), torch.float32)).float() - W_OI
 
 

@@ -101,7 +101,7 @@ def test_what_is_chosen_is_the_best_of_all_combinations(recipe, tmp_path):
     [
         ({"max_ratio": None}, "give one of `max_bytes` and `max_ratio`"),
         ({"max_bytes": "1MB"}, "give one of `max_bytes` and `max_ratio`"),
-        ({"families": ["heads"]}, "expected depth, width, kv_heads, sharing, sparsity or embeddings"),
+        ({"families": ["heads"]}, "expected depth, width, kv_heads, sharing, sparsity, embeddings or trellis"),
         ({"max_ratio": None, "max_bytes": "900MB"}, "no more than the bound of 900 MB"),
         ({"max_ratio": "0.1%"}, r"no combination keeps .* is the least that the families reach together"),
         ({"tokens": 1000}, "`tokens` trains on text"),

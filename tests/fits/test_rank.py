@@ -42,7 +42,7 @@ def test_ranking_is_the_best_of_all_combinations():
         choice = {k: v for k, v in {"depth": depth, "width": width, "embeddings": table}.items() if v is not None}
         if (of := weights(choice)) is not None and (bits := 8 * (most - of.beside) / of.cast) >= least:
             expected.append((sum(costs[f][a] for f, a in choice.items()) + CURVE.at(bits), choice))
-    found = ranked(costs, CURVE, weights, most, least)
+    found = ranked(costs, lambda choice: CURVE, weights, most, least)
     assert [one.choice for one in found] == [choice for _, choice in sorted(expected, key=lambda pair: pair[0])]
     assert {} not in [one.choice for one in found]  # bits alone are below the smallest format
     best = finalists(found, 3, lambda one: True)

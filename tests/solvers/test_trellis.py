@@ -9,7 +9,7 @@ import torch
 
 from compress.checkpoint.storage.trellis import rotate, sequences, state_values, states_of
 from compress.solvers.gptq import act_order_factor
-from compress.solvers.trellis import TrellisCoder, trellis_gptq, trellis_nearest, values_of
+from compress.solvers.trellis import TrellisCoder, likely_error, trellis_gptq, trellis_nearest, values_of
 
 
 def random(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -84,3 +84,13 @@ def test_rotation_is_orthogonal(inputs: int) -> None:
     weight = random(3, inputs)
     torch.testing.assert_close(rotate(weight), weight @ rotation)
     torch.testing.assert_close(rotate(rotate(weight), back=True), weight)
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4])
+def test_a_likely_error_is_as_large_as_that_of_codes(bits: int) -> None:
+    """Its size, and how far it shrinks the weights."""
+    weights = random(192, 256, seed=1)
+    states, scale = trellis_nearest(weights, bits)
+    of_codes, likely = rotate(values_of(states) * scale, back=True) - weights, likely_error(weights, bits)
+    for measure in (torch.Tensor.square, lambda error: -error * weights):
+        assert float(measure(likely).sum()) == pytest.approx(float(measure(of_codes).sum()), rel=0.2)

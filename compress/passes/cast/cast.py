@@ -28,7 +28,7 @@ from compress.passes.cast.plan import (
 from compress.passes.cast.settings import DTYPES, CastSettings
 from compress.passes.memory import divergence_memory, runner_memory
 from compress.passes.work import DataSizes, SampleSize, Tuning, divergence_work, runner_work
-from compress.solvers.memory import GPTQ, GPTQ_CORRECTED, NO_SOLVER, ROUNDED, TRELLIS
+from compress.solvers.memory import GPTQ, GPTQ_CORRECTED, NO_SOLVER, ROUNDED, TRELLIS, SolverMemory
 from compress.spec.formats import FIXED_GROUPS, INTEGERS, QuantFormat
 from compress.spec.spec import Spec
 from compress.work import Work
@@ -144,21 +144,24 @@ class Cast(Pass[CastSettings]):
         bytewise = all(t.quant_format is not None and INTEGERS.get(t.quant_format.format, 8) < 8 for t in quant_formats)
         kept = GPTQ.kept - bytewise
         formats = [t.quant_format for t in quant_formats if t.quant_format is not None]
-        trellis, correction = any(f.is_trellis for f in formats), settings.correction(formats)
+        correction = settings.correction(formats)
         if not coarse or not (correction or settings.reconstruction_epochs):
-            return max(measuring, runner_memory(spec, names, width, TRELLIS if trellis else replace(GPTQ, kept=kept)))
-        runner = runner_memory(
-            spec,
-            names,
-            width,
-            TRELLIS if trellis else replace(GPTQ_CORRECTED, kept=kept),
-            reconstruction="scales" if settings.reconstruction_epochs else None,
-            output_curvature="curvature" in correction and model_map(spec).has_head,
+            return max(measuring, *(runner_memory(spec, names, width, each) for each in _solvers(formats, GPTQ, kept)))
+        runners = (
+            runner_memory(
+                spec,
+                names,
+                width,
+                solver,
+                reconstruction="scales" if settings.reconstruction_epochs else None,
+                output_curvature="curvature" in correction and model_map(spec).has_head,
+            )
+            for solver in _solvers(formats, GPTQ_CORRECTED, kept)
         )
-        return max(measuring, runner)
+        return max(measuring, *runners)
 
     def work(self, spec: Spec, settings: CastSettings, sizes: DataSizes) -> Work | None:
-        """Work of the block runner, or of rounding; None for static scales and trellis codes.
+        """Work of the block runner, or of rounding; None for static scales, and for trellis codes without calibration.
 
         Of a budget also the work of measuring divergences; the formats are those that the plan assumes.
         """
@@ -166,7 +169,7 @@ class Cast(Pass[CastSettings]):
             return None
         after = self.plan(spec, settings)
         coded = {t.name: t.quant_format for t in after.stored() if t.quant_format is not None}
-        if any(quant_format.is_trellis for quant_format in coded.values()):
+        if not settings.solved and any(quant_format.is_trellis for quant_format in coded.values()):
             return None
         work = Work()
         if settings.budgeted:
@@ -255,7 +258,7 @@ def _solved_work(
     record, coarse = model_map(spec).record, any(quant_format.bits < FINE for quant_format in coded.values())
     correction = settings.error_correction if coarse else []
     epochs = settings.reconstruction_epochs if coarse else 0
-    return runner_work(
+    result = runner_work(
         spec,
         {name for name in coded if record.block_index(name) is not None},
         calibration,
@@ -265,6 +268,16 @@ def _solved_work(
         curvature=settings.curvature_tokens if "curvature" in correction else 0,
         tuning=Tuning(epochs, "scales") if epochs else None,
     )
+    for name, quant_format in coded.items():
+        if quant_format.is_trellis:
+            result.add("trellis", *quant_format.rows(spec.tensors[name].shape))
+    return result
+
+
+def _solvers(formats: Collection[QuantFormat], integers: SolverMemory, kept: float) -> list[SolverMemory]:
+    """The memory of the solvers that find codes of some formats."""
+    trellises = {quant_format.is_trellis for quant_format in formats}
+    return [TRELLIS if each else replace(integers, kept=kept) for each in trellises or {False}]
 
 
 def _require_own_scales(cast: Spec) -> None:

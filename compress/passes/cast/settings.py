@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from typing import Annotated, Any, ClassVar, Literal, Self, get_args
 
 from pydantic import AfterValidator, Field, PrivateAttr, model_validator
@@ -33,7 +33,9 @@ Format = Literal[
     "trellis3",
     "trellis2",
 ]
-CodeFormat = Literal["int8", "int6", "int5", "int4", "int3", "int2", "fp8", "mxfp8", "mxfp4", "nvfp4"]
+CodeFormat = Literal[
+    "int8", "int6", "int5", "int4", "int3", "int2", "fp8", "mxfp8", "mxfp4", "nvfp4", "trellis4", "trellis3", "trellis2"
+]  # fmt: skip
 #: Formats of `ACTIVATIONS` that `cast` writes.
 Activation = Literal["int8", "int4", "fp8", "fp8-group", "fp8-tensor", "mxfp8", "mxfp4", "nvfp4"]
 #: Those with a static scale, which is measured on calibration data.
@@ -65,8 +67,8 @@ EFFORTS = EffortDefaults(
 )
 #: Group sizes that a budget may choose instead of 64.
 _LARGER = ("128", "channel")
-#: Bits of an integer from which on its rounding errors are like noise: a divergence follows their squared sum.
-_LIKE_NOISE = 4
+#: Bits of a code from which on its rounding errors are like noise: a divergence follows their squared sum.
+_LIKE_NOISE: tuple[tuple[Mapping[str, int], int], ...] = ((INTEGERS, 4), (TRELLISES, 3))
 
 
 def _corrections(value: list[Correction]) -> list[Correction]:
@@ -120,7 +122,8 @@ class CastSettings(PassSettings):
         default=["int8", "int6", "int5", "int4", "int3", "int2"],
         min_length=2,
         description="Formats that `bits` and `max_bytes` choose from. Integers below 8 bits are tried with groups of 64, "
-        "128 and a whole channel unless `group_size` is set. Matrices with the same inputs get the same format.",
+        "128 and a whole channel unless `group_size` is set. Trellis codes are among them only if they are named, such as "
+        "[int8, int6, int5, trellis4, trellis3, trellis2]. Matrices with the same inputs get the same format.",
     )
     overrides: dict[str, Format] = Field(
         default_factory=dict,
@@ -309,12 +312,13 @@ class CastSettings(PassSettings):
     def options(self) -> dict[str, str]:
         """Options of a budget, as `quant_format` takes them ▶ the option whose divergence is measured for it.
 
-        Integers of four bits and more round like noise, so that one of them is measured. Without ``group_size``, integers below
-        8 bits also come in larger groups: the bytes saved on scales can buy more bits.
+        Integers of four bits and more round like noise, so that one of them is measured, and so do trellis codes of three.
+        Without ``group_size``, integers below 8 bits also come in larger groups: the bytes saved on scales can buy more bits.
         """
-        fine = [f for f in self.formats if INTEGERS.get(f, 0) >= _LIKE_NOISE]
-        least = min(fine, key=INTEGERS.__getitem__, default=None)
-        result: dict[str, str] = {f: least if least is not None and f in fine else f for f in self.formats}
+        result: dict[str, str] = {f: f for f in self.formats}
+        for kind, bits in _LIKE_NOISE:
+            fine = [f for f in self.formats if kind.get(f, 0) >= bits]
+            result |= dict.fromkeys(fine, min(fine, key=kind.__getitem__, default=""))
         if self.group_size is None:
             grouped = [f for f in self.formats if INTEGERS.get(f, 8) < 8]
             result |= {f"{format_}/{size}": result[format_] for format_ in grouped for size in _LARGER}

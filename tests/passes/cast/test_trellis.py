@@ -7,6 +7,7 @@ import torch
 from pydantic import ValidationError
 
 from compress.checkpoint.open import open_checkpoint
+from compress.checkpoint.storage import parts
 from compress.checkpoint.write import stored_form
 from compress.data.batches import Batches
 from compress.errors import PassError
@@ -33,6 +34,20 @@ def test_planned_bytes_are_written_and_read_without_the_package(family, settings
     assert sum((out.folder / f).stat().st_size for f in out.files) == layout.bytes
     coded = [t for t in out.spec.stored() if t.quant_format is not None]
     assert {t.quant_format.format for t in coded} == {settings["weights"]}
+    assert torch.equal(stock_logits(out.folder, tmp_path, trust=True), our_logits(out.folder))
+
+
+@pytest.mark.slow
+def test_a_budget_chooses_among_trellis_codes(tmp_path):
+    """Codes of two widths share a budget; noise as large as their errors tells what each costs."""
+    settings = {"bits": 3.6, "formats": ["int8", "trellis4", "trellis3", "trellis2"], "reconstruction_epochs": 0}
+    checkpoint = open_checkpoint(pico.folder("llama", hidden_size=64, head_dim=16, intermediate_size=128))
+    out = write(
+        apply(checkpoint, "cast", data=CALIBRATION, work=tmp_path / "w", **settings), tmp_path / "o", store="compact"
+    )
+    coded = [t for t in out.spec.stored() if t.quant_format is not None]
+    assert len({t.quant_format.format for t in coded}) > 1
+    assert sum(p.bytes for t in coded for p in parts(t)) * 8 / sum(t.count for t in coded) <= 3.6
     assert torch.equal(stock_logits(out.folder, tmp_path, trust=True), our_logits(out.folder))
 
 
