@@ -1,10 +1,11 @@
 """The best model within a bound beside single families: `make bench-pareto [MODEL= TRAIN= HELDOUT= ARGS=]`.
 
 For each ratio of bytes: `fit`, what `compress fit` finds, and recipes of one family that keep the same bound: `bits` (a cast
-with dense tables of tokens), `bits and tables` (a cast with tables of 8, and of 4 bits), `depth`, `width` and `sparsity` (the
-least amount that keeps it). All are made with `--effort` and the compact store, and scored as benchmarks/scoring.py says.
-`peer`: other tools' codes and masks of the same model (`make bench-peers`), with the bytes that the compact store takes for
-them. A section of docs/benchmarks.md, with a picture. What is done is kept in --results, where a run that was stopped goes on.
+with dense tables of tokens), `bits, tables` (a cast with tables of 8, and of 4 bits), `trellis, tables` (the same with trellis
+codes), `depth`, `width` and `sparsity` (the least amount that keeps it). All are made with `--effort` and the compact store.
+Scores are those of benchmarks/scoring.py. `peer`: other tools' codes and masks of the same model (`make bench-peers`), with
+the bytes that the compact store takes for them. A section of docs/benchmarks.md, with a picture. What is done is kept in
+--results, where a run that was stopped goes on.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ sys.path.insert(0, str(ROOT))
 from benchmarks import page, scoring  # noqa: E402
 
 #: Scores of a row, with their formats.
-_SCORES = (("rise", "+.4f"), ("kl", ".4f"), ("bits_per_byte", ".4f"), ("second_rise", "+.4f"))
+_SCORES = (("rise", "+.4f"), ("kl", ".4f"), ("kl_error", ".4f"), ("bits_per_byte", ".4f"), ("second_rise", "+.4f"))
 #: Steps of an amount that is searched.
 _STEPS = 40
 
@@ -34,12 +35,14 @@ _STEPS = 40
 def single(sizes: Any, most: int, effort: str) -> Iterator[tuple[str, dict[str, Any]]]:
     """Each way of one family that can keep the bound, with its pass."""
     from compress.errors import PassError
-    from compress.fits.families import tables
+    from compress.fits.families import TRELLIS_FORMATS, tables
 
     modules = tables(sizes.spec)
-    for name, override in (("bits", None), ("bits, tables int8", "int8"), ("bits, tables int4", "int4")):
-        overrides = {} if override is None else {"overrides": dict.fromkeys(modules, override)}
-        yield name, {"cast": {"max_bytes": most, "effort": effort, **overrides}}
+    for codes, formats in (("bits", {}), ("trellis", {"formats": list(TRELLIS_FORMATS)})):
+        for override in (*((None,) if codes == "bits" else ()), "int8", "int4"):
+            overrides = {} if override is None else {"overrides": dict.fromkeys(modules, override)}
+            name = codes if override is None else f"{codes}, tables {override}"
+            yield name, {"cast": {"max_bytes": most, "effort": effort, **formats, **overrides}}
     for name, key, of_pass in (("depth", "layers", "prune_structured"), ("width", "mlp", "prune_structured"),
                                ("sparsity", "sparsity", "prune_unstructured")):  # fmt: skip
         for step in range(1, _STEPS):
@@ -191,7 +194,7 @@ def _section(args: argparse.Namespace, parser: Any, texts: scoring.HeldOut, rows
         spent = row.get("cpu", row.get("cpu_s"))
         end = "–" if spent is None else f"{spent:.0f}"
         cells.append([f"{100 * row['ratio']:.3g} %", row["way"], passes, f"{row['bytes']:,}", *scores, end])
-    head = ["bound", "way", "passes", "bytes", "ΔNLL", "KL", "bits per byte", "ΔNLL, second text", "CPU s"]
+    head = ["bound", "way", "passes", "bytes", "ΔNLL", "KL", "± (95 %)", "bits per byte", "ΔNLL, second text", "CPU s"]
     section = [
         f"## Within a bound: {model}",
         "",

@@ -29,18 +29,23 @@ class TextScore:
     """Scores of one text.
 
     losses: mean negative log-likelihood per token of each window, nats, float64 [windows].
-    kl: Kullback-Leibler divergence from the dense model's distribution, nats per token.
+    divergences: mean Kullback-Leibler divergence from the dense model's distribution of each window, nats per token, float64.
     agreement: share of tokens whose likeliest prediction is the dense model's.
     """
 
     losses: Any
-    kl: float
+    divergences: Any
     agreement: float
 
     @property
     def loss(self) -> float:
         """Mean negative log-likelihood per token, nats."""
         return float(self.losses.mean())
+
+    @property
+    def kl(self) -> float:
+        """Mean divergence per token, nats."""
+        return float(self.divergences.mean())
 
 
 class HeldOut:
@@ -75,7 +80,7 @@ class HeldOut:
                     if not self._states and len(states) == 1 and not torch.allclose(self._head(states[0]), logits):
                         raise ValueError(f"{model}: logits are more than a product with the output embeddings")
                 self._states.append(torch.cat(states))
-                self.dense.append(TextScore(torch.cat(losses), 0.0, 1.0))
+                self.dense.append(TextScore(torch.cat(losses), torch.zeros(len(ids)), 1.0))
 
     def score(self, checkpoint: Any) -> list[TextScore]:
         """Scores of each held-out text, then of the second; the checkpoint is a folder or a loaded float32 model."""
@@ -112,6 +117,7 @@ class HeldOut:
         numbers = {
             "rise": self.rise(scores),
             "kl": self.kl(scores),
+            "kl_error": self.kl_error(scores),
             "bits_per_byte": self.bits_per_byte(scores),
             "second_rise": self.second_rise(scores),
             "second_kl": scores[-1].kl,
@@ -121,6 +127,11 @@ class HeldOut:
     def kl(self, scores: Sequence[TextScore]) -> float:
         """Mean divergence over the held-out texts."""
         return statistics.mean(s.kl for s in scores[:-1])
+
+    def kl_error(self, scores: Sequence[TextScore]) -> float:
+        """Half the 95 % interval of `kl`: windows of a text are drawn independently."""
+        variances = [float(s.divergences.var()) / len(s.divergences) for s in scores[:-1]]
+        return 1.96 * math.sqrt(sum(variances)) / len(variances)
 
     def bits_per_byte(self, scores: Sequence[TextScore]) -> float:
         """Mean over the held-out texts."""
@@ -140,17 +151,17 @@ class HeldOut:
     def _score(self, model: Any, ids: Any, states: Any) -> TextScore:
         import torch
 
-        losses, divergence, same = [], 0.0, 0
+        losses, divergences, same = [], [], 0
         with torch.inference_mode():
             for batch, inputs in zip(ids.split(BATCH), states.split(BATCH), strict=True):
                 logits = model(batch, use_cache=False).logits[:, :-1].float()
                 losses.append(_losses(logits, batch))
                 theirs = self._head(inputs).float()
                 same += int((theirs.argmax(-1) == logits.argmax(-1)).sum())
-                theirs, mine = theirs.log_softmax(-1).flatten(0, 1), logits.log_softmax(-1).flatten(0, 1)
-                divergence += float(torch.nn.functional.kl_div(mine, theirs, log_target=True, reduction="sum"))
-        tokens = ids[:, 1:].numel()
-        return TextScore(torch.cat(losses), divergence / tokens, same / tokens)
+                theirs, mine = theirs.log_softmax(-1), logits.log_softmax(-1)
+                each = torch.nn.functional.kl_div(mine, theirs, log_target=True, reduction="none").sum(-1)
+                divergences.append(each.double().mean(-1))
+        return TextScore(torch.cat(losses), torch.cat(divergences), same / ids[:, 1:].numel())
 
 
 def options(parser: argparse.ArgumentParser) -> None:

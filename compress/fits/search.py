@@ -91,7 +91,7 @@ class PlannedBytes:
 
     def _weights(self, choice: Choice) -> Weights:
         if "trellis" in choice:
-            others = {f: a for f, a in choice.items() if f != "trellis"}
+            others: Choice = {f: a for f, a in choice.items() if f != "trellis"}
             if (weights := self.weights(others)) is None or self.store != "compact":
                 raise PassError("only the compact store has trellis codes")
             self.planned([*Making("fast").smaller(others), trellis_cast(3)])
