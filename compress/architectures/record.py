@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 from compress.architectures.groups import Attention, Hidden, Mlp, Relative
 from compress.architectures.leftovers import Leftover
+from compress.architectures.norms import Norms
 from compress.errors import PassError
 from compress.spec.classes import CAUSAL_LM, MASKED_LM
 from compress.spec.spec import Spec
@@ -74,6 +75,7 @@ class Architecture:
         causal: whether the model decodes with a key-value cache.
         tie_default: value of ``tie_word_embeddings`` in a config without it.
         mlps, attention, hidden: the groups that structured pruning may remove, see `architectures.groups`.
+        norms: the norms that linear layers of blocks alone read; None where others read them.
         attention_parts: modules of a block's attention, where it has none of these groups.
         cross: cross-attention of a decoder's blocks, beside ``attention``.
         relative: the stock family to become where this family's config cannot express a number of heads.
@@ -131,6 +133,7 @@ class Architecture:
     tie_default: bool = False
     mlps: tuple[Mlp, ...] = ()
     attention: Attention | None = None
+    norms: Norms | None = None
     attention_parts: tuple[str, ...] = ()
     cross: Attention | None = None
     hidden: Hidden | None = None

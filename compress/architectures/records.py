@@ -8,6 +8,7 @@ from typing import Any
 
 from compress.architectures.groups import Attention, FusedLayout, Hidden, Mlp, Relative
 from compress.architectures.leftovers import Leftover
+from compress.architectures.norms import Norms
 from compress.architectures.record import Architecture
 
 _QKVO = Attention(
@@ -42,12 +43,19 @@ _DECODER: dict[str, Any] = {
     "scaled_cache": "self_attn",
     "open_attention": True,
 }
-_LLAMA_LIKE: dict[str, Any] = {**_DECODER, "attention": _QKVO, "mlps": (_GATED,), "hidden": _PRE_NORMS}
+_LLAMA_LIKE: dict[str, Any] = {
+    **_DECODER,
+    "attention": _QKVO,
+    "mlps": (_GATED,),
+    "hidden": _PRE_NORMS,
+    "norms": Norms(),
+}
 _GEMMA_LIKE: dict[str, Any] = {
     **_DECODER,
     "attention": replace(_QKVO, even=True),
     "mlps": (_GATED,),
     "hidden": _GEMMA_NORMS,
+    "norms": Norms(mlp="pre_feedforward_layernorm", offset=1.0, behind=True),
 }
 #: Latent attention (MLA): heads share a rotary key and a latent of keys and values, so that no head can go by itself.
 _LATENT: dict[str, Any] = {
@@ -193,6 +201,7 @@ RECORDS: tuple[Architecture, ...] = (
             **_LLAMA_LIKE,
             "attention": replace(_NORMED, norms=("self_attn.q_norm.weight", "self_attn.k_norm.weight")),
             "hidden": Hidden(("post_attention_layernorm", "post_feedforward_layernorm"), epsilon=1e-5),
+            "norms": None,
         },
         window=_window,
         per_layer=("layer_types",),
@@ -236,6 +245,7 @@ RECORDS: tuple[Architecture, ...] = (
         mlps=(Mlp(("mlp.gate_up_proj",), "mlp.down_proj", sections=2),),
         attention=replace(_fused("self_attn.qkv_proj", "self_attn.o_proj", "stacked", free=True), rotary=True),
         hidden=replace(_PRE_NORMS, epsilon=1e-5),
+        norms=Norms(),
     ),
     Architecture(
         "mixtral",
@@ -250,6 +260,7 @@ RECORDS: tuple[Architecture, ...] = (
         ),
         attention=_QKVO,
         hidden=replace(_PRE_NORMS, epsilon=1e-5),
+        norms=Norms(),
         renames=((r"\.block_sparse_moe\b", ".mlp"),),
         routers=("block_sparse_moe.gate", "mlp.gate"),
         experts=("block_sparse_moe.experts", "mlp.experts"),
@@ -262,6 +273,7 @@ RECORDS: tuple[Architecture, ...] = (
         mlps=(_GATED, replace(_EXPERTS, size_key="moe_intermediate_size")),
         attention=_NORMED,
         hidden=_PRE_NORMS,
+        norms=Norms(),
         window=_switched_window,
         spellings={"num_experts": "num_local_experts"},
         dense_blocks_key="mlp_only_layers",
@@ -286,6 +298,7 @@ RECORDS: tuple[Architecture, ...] = (
         ),
         attention=_QKVO,
         hidden=_PRE_NORMS,
+        norms=Norms(),
         per_layer=("layer_types",),
         per_layer_defaults={"layer_types": _windows_every_second},
         dense_blocks_key="mlp_only_layers",
@@ -339,6 +352,7 @@ RECORDS: tuple[Architecture, ...] = (
         tie_default=True,
         mlps=(Mlp(("mlp.c_fc",), "mlp.c_proj", "n_inner"),),
         attention=_fused("attn.c_attn", "attn.c_proj", "stacked"),
+        norms=Norms("ln_1", "ln_2", "ln_f", centred=True),
         open_attention=True,
         leftovers=(Leftover(r"h\.\d+\.(?:attn|crossattention)\.(?:bias|masked_bias)$"),),
     ),
@@ -355,6 +369,7 @@ RECORDS: tuple[Architecture, ...] = (
         attention=replace(
             _fused("self_attention.query_key_value", "self_attention.dense", "interleaved"), ordered=True
         ),
+        norms=Norms(final="ln_f", centred=True, unless={"apply_residual_connection_post_layernorm": True}),
     ),
     Architecture(
         "gpt_neox",
@@ -366,6 +381,7 @@ RECORDS: tuple[Architecture, ...] = (
         head_tie="embed_out.weight",
         mlps=(Mlp(("mlp.dense_h_to_4h",), "mlp.dense_4h_to_h"),),
         attention=_fused("attention.query_key_value", "attention.dense", "interleaved"),
+        norms=Norms(final="final_layer_norm", centred=True),
         open_attention=True,
         leftovers=(
             Leftover(r"layers\.\d+\.attention\.(?:bias|masked_bias)$"),
@@ -383,6 +399,13 @@ RECORDS: tuple[Architecture, ...] = (
         projections=("project_in", "project_out", "word_embed_proj_dim"),
         mlps=(Mlp(("fc1",), "fc2", "ffn_dim"),),
         attention=replace(_QKVO, output="self_attn.out_proj", free=False, rotary=False),
+        norms=Norms(
+            "self_attn_layer_norm",
+            "final_layer_norm",
+            "final_layer_norm",
+            centred=True,
+            unless={"do_layer_norm_before": False},
+        ),
         open_attention=True,
     ),
     Architecture(

@@ -26,6 +26,7 @@ from compress.passes.cast.plan import (
     without_scales,
 )
 from compress.passes.cast.settings import DTYPES, CastSettings
+from compress.passes.cast.transforms import plan as transforms
 from compress.passes.memory import divergence_memory, runner_memory
 from compress.passes.work import DataSizes, SampleSize, Tuning, divergence_work, runner_work
 from compress.solvers.memory import GPTQ, GPTQ_CORRECTED, NO_SOLVER, ROUNDED, TRELLIS, SolverMemory
@@ -83,9 +84,8 @@ class Cast(Pass[CastSettings]):
         return InputMultiple(lcm(*asked), lcm(*(f.group for f in coded if f.group)))
 
     def mode_for(self, settings: CastSettings) -> Mode:
-        """``blockwise`` for `gptq`, a budget and static scales of inputs or cache; ``stream`` for floats, `rtn` and `mse`."""
-        measured = settings.static_cache or settings.static_inputs
-        return "blockwise" if settings.solved or settings.budgeted or measured else "stream"
+        """``blockwise`` for `gptq`, a budget, smoothing and static scales of inputs or cache; ``stream`` for floats, `rtn` and `mse`."""
+        return "blockwise" if settings.solved or settings.budgeted or settings.measured else "stream"
 
     def required_data(self, settings: CastSettings) -> frozenset[str]:
         """Calibration data in mode ``blockwise``."""
@@ -105,6 +105,7 @@ class Cast(Pass[CastSettings]):
 
         Exact, except with a budget: then the plan assumes that all matrices matter alike.
         """
+        spec = transforms.transformed_spec(spec, settings)
         mapped = model_map(spec)
         if not settings.budgeted:
             cast = planned(spec, settings, {})
@@ -137,8 +138,7 @@ class Cast(Pass[CastSettings]):
             probes = len(set(settings.options.values()))
             measuring = divergence_memory(spec, undecided(spec, settings), width, ROUNDED, probes)
         if not settings.solved:
-            observed = settings.static_cache or settings.static_inputs
-            return max(measuring, runner_memory(spec, [], width, NO_SOLVER) if observed else 0) or None
+            return max(measuring, runner_memory(spec, [], width, NO_SOLVER) if settings.measured else 0) or None
         coarse = any(t.quant_format is not None and t.quant_format.bits < FINE for t in quant_formats)
         names = [t.name for t in quant_formats]
         bytewise = all(t.quant_format is not None and INTEGERS.get(t.quant_format.format, 8) < 8 for t in quant_formats)
@@ -161,11 +161,11 @@ class Cast(Pass[CastSettings]):
         return max(measuring, *runners)
 
     def work(self, spec: Spec, settings: CastSettings, sizes: DataSizes) -> Work | None:
-        """Work of the block runner, or of rounding; None for static scales, and for trellis codes without calibration.
+        """Work of the block runner, or of rounding; None for static scales, transforms, and trellis codes without calibration.
 
         Of a budget also the work of measuring divergences; the formats are those that the plan assumes.
         """
-        if settings.static_cache or settings.static_inputs or not model_map(spec).known:
+        if settings.measured or settings.rotations or not model_map(spec).known:
             return None
         after = self.plan(spec, settings)
         coded = {t.name: t.quant_format for t in after.stored() if t.quant_format is not None}
@@ -196,7 +196,9 @@ class Cast(Pass[CastSettings]):
         from compress.passes.cast.global_scales import GlobalScales
         from compress.passes.cast.kv_cache import cache_scales
         from compress.passes.cast.static_inputs import input_scales
+        from compress.passes.cast.transforms.apply import transformed
 
+        checkpoint = transformed(checkpoint, settings, context)
         if _lacks_scales(checkpoint.spec, settings):
             context.details["kv_cache"] = NO_SCALES
         chosen = allocate_formats(checkpoint, settings, context) if settings.budgeted else {}
@@ -227,6 +229,7 @@ class Cast(Pass[CastSettings]):
         scales = NO_SCALES if _lacks_scales(spec, settings) else None
         cast = self.plan(spec, settings)
         notes = (
+            *transforms.notes(spec, settings),
             scales,
             left_note(spec, settings),
             group_note(spec, settings, cast),

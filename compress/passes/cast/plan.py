@@ -41,7 +41,7 @@ def planned(spec: Spec, settings: CastSettings, chosen: Mapping[str, QuantFormat
         return replace(tensor, quant_format=sizes.quant_format(tensor.name, format_))
 
     cast = spec.map(change)
-    if cast.tensors == spec.tensors and not settings.allow_noop:
+    if cast.tensors == spec.tensors and not settings.allow_noop and not settings.rotations:
         raise PassError(f"every weight is {settings.weights} already", key="weights", fix="leave the pass out")
     routers = _routers(spec)
     dtypes = [t.dtype for t in cast.stored() if t.dtype in FLOAT_DTYPES and t.module not in routers]
@@ -69,8 +69,13 @@ def _untied(spec: Spec, settings: CastSettings) -> Spec:
     named = {module for pattern in coded for module in matching(pattern, modules, "overrides")}
     if not named & {head.module, spec.tensors[head.alias_of].module}:
         return spec
+    return untied(spec, head)
+
+
+def untied(spec: Spec, tensor: Tensor) -> Spec:
+    """The spec in which head and embeddings share no weights. ``tensor``: the one of them that is an alias."""
     structure = replace(spec.structure, config={**spec.structure.config, "tie_word_embeddings": False})
-    return replace(spec, structure=structure, tensors={**spec.tensors, head.name: replace(head, alias_of=None)})
+    return replace(spec, structure=structure, tensors={**spec.tensors, tensor.name: replace(tensor, alias_of=None)})
 
 
 def _cached(spec: Spec, settings: CastSettings) -> tuple[str | None, list[Tensor]]:
@@ -107,6 +112,11 @@ def undecided(spec: Spec, settings: CastSettings) -> list[str]:
     """Tensors whose format the budget chooses."""
     formats = _formats(spec, settings)
     return [name for name, format_ in formats.items() if format_ is None]
+
+
+def takes_codes(spec: Spec, settings: CastSettings) -> set[str]:
+    """Tensors that get codes, those of a budget too."""
+    return {name for name, format_ in _formats(spec, settings).items() if format_ not in DTYPES}
 
 
 def choices(spec: Spec, settings: CastSettings, groups: Sequence[Sequence[str]]) -> Choices:

@@ -57,6 +57,8 @@ _INPUTS: dict[str, tuple[Activation, ...]] = {
 #: Corrections after and before `gptq`, in the order in which they work.
 Correction = Literal["asymmetric", "alternating", "curvature"]
 CORRECTIONS: tuple[Correction, ...] = get_args(Correction)
+#: Rotations that are folded into the weights.
+Rotation = Literal["residual", "values"]
 #: Float formats ▶ their dtypes in files.
 DTYPES: dict[str, str] = {"bf16": "BF16", "fp16": "F16", "fp32": "F32"}
 #: Defaults by effort: `fast` is GPTQ alone.
@@ -75,6 +77,12 @@ def _corrections(value: list[Correction]) -> list[Correction]:
     """The corrections in the order in which they work. Raises `ValueError` for a repetition."""
     distinct(tuple(value))
     return [name for name in CORRECTIONS if name in value]
+
+
+def _distinct(value: list[Rotation]) -> list[Rotation]:
+    """The rotations, unchanged. Raises `ValueError` for a repetition."""
+    distinct(tuple(value))
+    return value
 
 
 def _of_scheme(key: str, otherwise: Any = None) -> Callable[[dict[str, Any]], Any]:
@@ -193,6 +201,22 @@ class CastSettings(PassSettings):
         "calibration data, and `method: rtn` needs it too then. Stock transformers applies it, and servers that have "
         "a kernel for it; reported metrics include it. Not for the compact store.",
     )
+    smoothing: float | None = Field(
+        default=None,
+        gt=0,
+        lt=1,
+        description="Divide inputs by a factor for each channel before anything is rounded, max|x|^smoothing / "
+        "max|w|^(1 - smoothing), and multiply the weights that read them (SmoothQuant, arXiv 2211.10438). Norms, value "
+        "projections and up projections take the factor, so that the model computes the same. 0.5 is usual. It needs "
+        "calibration data.",
+    )
+    rotations: Annotated[list[Rotation], AfterValidator(_distinct)] = Field(
+        default_factory=list,
+        description="Rotate the model before anything is rounded, by random signs and Hadamard matrices that are folded into "
+        "the weights (QuaRot, arXiv 2404.00456; R1 and R2 of SpinQuant, arXiv 2405.16406). `residual`: the hidden states "
+        "between blocks; for RMSNorm. Norms are folded first, so a head that is tied to the embeddings gets weights of its "
+        "own. `values`: the values of each head. The model computes the same.",
+    )
     kv_cache: Literal["fp8"] | None = Field(
         default=None,
         description="Record in the config that keys and values are cached in fp8 (E4M3). For causal language models with "
@@ -243,6 +267,8 @@ class CastSettings(PassSettings):
         if self.group_size in ("block", "tensor") and not formats <= {"fp8", *DTYPES}:
             raise ValueError(f"`group_size: {self.group_size}` goes with `weights: fp8`")
         self._check_activations(formats - set(DTYPES))
+        if self.smoothing is not None and not self.coded:
+            raise ValueError("`smoothing` needs codes, such as `scheme: W8A8`: it changes the inputs of what is rounded")
         if self.kv_cache is not None and not self.coded:
             raise ValueError("`kv_cache` needs codes, such as `weights: int8`: it is recorded in their config")
         if self.kv_cache_scales is not None and self.kv_cache is None:
@@ -282,6 +308,11 @@ class CastSettings(PassSettings):
     def static_inputs(self) -> bool:
         """Whether inputs have static scales."""
         return self.activations in STATIC
+
+    @property
+    def measured(self) -> bool:
+        """Whether magnitudes of inputs, keys or values are measured on calibration data."""
+        return self.static_cache is not None or self.static_inputs or self.smoothing is not None
 
     @property
     def budgeted(self) -> bool:

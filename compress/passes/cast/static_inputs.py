@@ -3,23 +3,13 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack
-from typing import Any
+from collections.abc import Mapping
 
 import torch
 
-from compress.architectures.model_map import model_map
-from compress.blockwise.block import BlockView
-from compress.blockwise.executor import BlockExecutor
-from compress.blockwise.experts import unfused
-from compress.blockwise.inputs import Inputs
-from compress.blockwise.linears import TargetLinear, find_linears
-from compress.blockwise.self_check import check_blockwise
-from compress.blockwise.unchanged import unchanged_blocks
 from compress.checkpoint.values import Checkpoint, torch_dtype
-from compress.errors import PassError
 from compress.passes.base import Context
+from compress.passes.cast.largest_inputs import largest_inputs
 from compress.spec.formats import QuantFormat
 from compress.spec.spec import Spec
 
@@ -57,57 +47,9 @@ def _scale(largest: float, quant_format: QuantFormat, dtype: torch.dtype) -> dic
 
 
 def _largest_inputs(checkpoint: Checkpoint, names: list[str], context: Context) -> dict[str, float]:
-    """Largest magnitude of the inputs of each layer. Masked tokens do not count, but in experts."""
-    batches, processes = context.data("calibration"), context.workspace.processes
-    executor = BlockExecutor(
-        checkpoint,
-        Inputs(batches.values, batches.mask, batches.target_mask),
-        dtype=context.dtype,
-        device=context.device,
-        seed=context.seed,
-        processes=processes,
-    )
-    check_blockwise(executor, context.progress)
-    mapped, wanted = model_map(checkpoint.spec), dict[int, set[str]]()
-    for name in names:
-        if (index := mapped.block_of(name)) is None:
-            raise PassError(
-                f"{name} is outside the blocks, where inputs are not measured",
-                key="activations",
-                fix="leave it out of `overrides`, or use a format with dynamic scales",
-            )
-        wanted.setdefault(index, set()).add(name)
-    largest = dict.fromkeys(names, 0.0)
-    with context.progress.task("measuring inputs", executor.depth, "blocks") as task, ExitStack() as fused:
-        for block in unchanged_blocks(executor, context.workspace.folder("inputs").path, executor.depth - 1, {}):
-            fused.close()
-            linears, swaps = find_linears(executor.streamed, block.index, block.module, wanted.get(block.index, ()))
-            fused.enter_context(unfused(swaps))  # until the block has run, next
-            for linear in linears:
-                linear.module.register_forward_pre_hook(_observer(linear, executor, largest))
-            task.advance(note=f"block {block.index}")
-    values = torch.zeros(processes.world, len(names))
-    values[processes.rank] = torch.tensor([largest[name] for name in names])
-    processes.all_reduce(values)
-    return _of_unreached(dict(zip(names, values.amax(0).tolist(), strict=True)))
-
-
-def _observer(
-    linear: TargetLinear, view: BlockView, largest: dict[str, float]
-) -> Callable[[Any, tuple[Any, ...]], None]:
-    """A hook that records the largest input of a layer, a batch at a time in the order of the view's batches."""
-    batches: Iterator[list[int]] = view.batches()
-
-    def hook(module: Any, args: tuple[Any, ...]) -> None:
-        sizes = args[0].abs()
-        rows = next(batches, None) if linear.owner is None else None
-        mask = None if rows is None else view.token_mask(rows)
-        if mask is not None and mask.shape == sizes.shape[:2]:
-            sizes = sizes * mask[..., None]
-        if sizes.numel():
-            largest[linear.tensor] = max(largest[linear.tensor], float(sizes.max()))
-
-    return hook
+    """Largest magnitude of the inputs of each layer; see `largest_inputs`."""
+    by_channel = largest_inputs(checkpoint, names, context, "inputs")
+    return _of_unreached({name: float(largest.max()) for name, largest in by_channel.items()})
 
 
 def _of_unreached(largest: Mapping[str, float]) -> dict[str, float]:
