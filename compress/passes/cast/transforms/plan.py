@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 
 from compress.architectures import channels
@@ -36,13 +36,13 @@ def transformed_spec(spec: Spec, settings: CastSettings) -> Spec:
 
 def residual(spec: Spec) -> ResidualStream:
     """All that the rotation of the hidden states changes. Raises `PassError`."""
-    with _key("rotations", "use `rotations: [values]`"):
+    with _key("rotations", "use `rotations: [values]`" if _has_values(spec) else "leave `rotations` out"):
         return channels.residual_stream(spec)
 
 
 def values(spec: Spec) -> tuple[Channels, ...]:
     """The values of every key and value head. Raises `PassError`."""
-    with _key("rotations", "leave `values` out"):
+    with _key("rotations", "leave `rotations` out"):
         result = channels.values(spec)
         if not result:
             raise PassError(f"{model_map(spec).record.model_type} has no values of single heads")
@@ -55,6 +55,12 @@ def smoothed_channels(spec: Spec, settings: CastSettings) -> tuple[Channels, ...
         everything = (*channels.norms(spec), *channels.values(spec), *channels.neurons(spec))
     coded = takes_codes(spec, settings)
     return tuple(one for one in everything if any(f"{place.module}.weight" in coded for place in one.readers))
+
+
+def _has_values(spec: Spec) -> bool:
+    with suppress(PassError):
+        return bool(channels.values(spec))
+    return False
 
 
 def notes(spec: Spec, settings: CastSettings) -> list[str]:
