@@ -18,11 +18,11 @@ from compress.architectures.norms import Norms
 from compress.errors import PassError
 from compress.spec.spec import Spec
 
-Kind = Literal["attention norm", "mlp norm", "final norm", "values", "neurons"]
+ChannelKind = Literal["attention norm", "mlp norm", "final norm", "values", "neurons"]
 
 
 @dataclass(frozen=True)
-class Place:
+class ChannelPlace:
     """Where channels lie along the outputs or inputs of a module.
 
     Attributes:
@@ -46,16 +46,16 @@ class Channels:
         offset: added to the weights of the norm that writes them.
     """
 
-    kind: Kind
+    kind: ChannelKind
     block: int | None
     count: int
     width: int
-    source: Place
-    readers: tuple[Place, ...]
+    source: ChannelPlace
+    readers: tuple[ChannelPlace, ...]
     offset: float = 0.0
 
     @property
-    def places(self) -> tuple[Place, ...]:
+    def places(self) -> tuple[ChannelPlace, ...]:
         """All places."""
         return self.source, *self.readers
 
@@ -149,8 +149,8 @@ def _values(mapped: ModelMap, attention: Attention, path: str, index: int) -> Ch
         rows = list(range(start, start + count))
     shared = heads // groups
     read = [head // shared * width + w for head in range(heads) for w in range(width)]
-    source = Place(path + attention.value, "out", rows, range(count))
-    reader = Place(path + attention.output, "in", range(heads * width), read)
+    source = ChannelPlace(path + attention.value, "out", rows, range(count))
+    reader = ChannelPlace(path + attention.output, "in", range(heads * width), read)
     return Channels("values", index, count, width, source, (reader,))
 
 
@@ -160,8 +160,8 @@ def _neurons(mapped: ModelMap, mlp: Mlp, block: ModelBlock) -> Iterator[Channels
             continue  # no gate: the activation function lies between
         count = mapped.linears[f"{block.path}{down}.weight"].I
         start = count if mlp.sections == 2 else 0
-        source = Place(block.path + ups[-1], "out", range(start, start + count), range(count))
-        reader = Place(block.path + down, "in", range(count), range(count))
+        source = ChannelPlace(block.path + ups[-1], "out", range(start, start + count), range(count))
+        reader = ChannelPlace(block.path + down, "in", range(count), range(count))
         yield Channels("neurons", block.index, count, count, source, (reader,))
 
 
@@ -180,11 +180,11 @@ def _block_norms(mapped: ModelMap, declared: Norms, block: ModelBlock) -> Iterat
 
 
 def _norm(
-    module: str, readers: Sequence[str], width: int, declared: Norms, kind: Kind, block: int | None
+    module: str, readers: Sequence[str], width: int, declared: Norms, kind: ChannelKind, block: int | None
 ) -> Channels:
     everything = range(width)
-    source = Place(module, "out", everything, everything)
-    places = tuple(Place(reader, "in", everything, everything) for reader in readers)
+    source = ChannelPlace(module, "out", everything, everything)
+    places = tuple(ChannelPlace(reader, "in", everything, everything) for reader in readers)
     return Channels(kind, block, width, width, source, places, declared.offset)
 
 

@@ -60,8 +60,7 @@ class Architecture:
         dense_first_key: config field with the number of blocks, the first ones, without experts.
         depth_scaled: config fields that are divided by the square root of the number of blocks.
         numbered: config switches that make the computation of a block depend on its number.
-        routers: modules inside a block that choose experts, or weigh one that all tokens use. They are matrices, but no
-            linear layers to prune.
+        routers: modules inside a block that choose experts, or weigh one that all tokens use. No linear layers to prune.
         experts: modules inside a block that hold the experts. ``experts_key``, ``active_experts_key``: config fields with the
             number of experts, and with the number that each token uses.
         expert_sum_key: config field that says whether the weights of a token's experts are divided by their sum; None where
@@ -72,10 +71,9 @@ class Architecture:
         eager: whether transformers has no SDPA for it, so that on CPU its attention holds all scores at once.
         open_attention: whether attention is called through transformers' table of attention functions, and hands on to it what
             the cache returns. Then heads can have windows of their own.
-        causal: whether the model decodes with a key-value cache.
-        tie_default: value of ``tie_word_embeddings`` in a config without it.
-        mlps, attention, hidden: the groups that structured pruning may remove, see `architectures.groups`.
-        norms: the norms that linear layers of blocks alone read; None where others read them.
+        causal: whether it decodes with a key-value cache. tie_default: ``tie_word_embeddings`` in a config without it.
+        mlps, attention, hidden: the groups that structured pruning may remove, see `architectures.groups`. norms: those that
+            linear layers alone read.
         attention_parts: modules of a block's attention, where it has none of these groups.
         cross: cross-attention of a decoder's blocks, beside ``attention``.
         relative: the stock family to become where this family's config cannot express a number of heads.

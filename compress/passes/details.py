@@ -119,7 +119,7 @@ class PassDetails(_CachedDetails, total=False):
         windows: a row per block of a model with local attention. latent: numbers cached by latent attention.
         expert_saliency, kept_experts: by block. active_experts: experts of a token before and after; router_mass_kept: by
             block, the share of the router's weights that they have. kv_cache: static scales of a cache. groups: matrices whose
-            groups are not of the default size. left: matrices that keep their format.
+            groups are not of the default size. left: matrices that keep their format. transforms: of the dense weights.
     """
 
     blocks: list[BlockDetails]
@@ -146,6 +146,7 @@ class PassDetails(_CachedDetails, total=False):
     kv_cache: Any
     groups: str
     left: str
+    transforms: str
     latent: LatentDetails
 
 

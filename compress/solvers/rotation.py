@@ -37,15 +37,17 @@ class Rotation:
         """Values [..., n] times Q, computed in float64, in the dtype of the values."""
         rows = values.reshape(-1, self.size)
         result = torch.empty_like(rows)
-        for part, into in zip(rows.split(size := max(1, _AT_ONCE // self.size)), result.split(size), strict=True):
-            into.copy_(self._product(part))
+        step = max(1, _AT_ONCE // self.size)
+        for start in range(0, len(rows), step):
+            result[start : start + step] = self._product(rows[start : start + step])
         return result.view(values.shape)
 
     def _product(self, rows: torch.Tensor) -> torch.Tensor:
         signed = rows.double() * self._signs.to(rows.device)
         odd = len(self._odd_CC)
         mixed = hadamard(signed.reshape(-1, self._even), self._even).view(len(rows), odd, self._even)
-        return (self._odd_CC.to(rows.device) @ mixed).flatten(1)
+        product: torch.Tensor = self._odd_CC.to(rows.device) @ mixed
+        return product.flatten(1)
 
     def matrix(self) -> torch.Tensor:
         """Q, float64 [n, n]."""

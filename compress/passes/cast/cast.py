@@ -84,7 +84,7 @@ class Cast(Pass[CastSettings]):
         return InputMultiple(lcm(*asked), lcm(*(f.group for f in coded if f.group)))
 
     def mode_for(self, settings: CastSettings) -> Mode:
-        """``blockwise`` for `gptq`, a budget, smoothing and static scales of inputs or cache; ``stream`` for floats, `rtn` and `mse`."""
+        """``blockwise`` for `gptq`, a budget, `smoothing` and static scales; ``stream`` for floats, `rtn` and `mse`."""
         return "blockwise" if settings.solved or settings.budgeted or settings.measured else "stream"
 
     def required_data(self, settings: CastSettings) -> frozenset[str]:

@@ -69,7 +69,7 @@ def largest_inputs(
         flat = torch.zeros(processes.world, sum(map(len, largest.values())))
         flat[processes.rank] = torch.cat(list(largest.values()))
         processes.all_reduce(flat)
-        parts = flat.amax(0).split([len(values) for values in largest.values()])
+        parts = torch.split(flat.amax(0), [len(values) for values in largest.values()])
         largest = dict(zip(largest, parts, strict=True))
     return largest
 

@@ -58,7 +58,7 @@ _INPUTS: dict[str, tuple[Activation, ...]] = {
 Correction = Literal["asymmetric", "alternating", "curvature"]
 CORRECTIONS: tuple[Correction, ...] = get_args(Correction)
 #: Rotations that are folded into the weights.
-Rotation = Literal["residual", "values"]
+RotatedStates = Literal["residual", "values"]
 #: Float formats ▶ their dtypes in files.
 DTYPES: dict[str, str] = {"bf16": "BF16", "fp16": "F16", "fp32": "F32"}
 #: Defaults by effort: `fast` is GPTQ alone.
@@ -79,7 +79,7 @@ def _corrections(value: list[Correction]) -> list[Correction]:
     return [name for name in CORRECTIONS if name in value]
 
 
-def _distinct(value: list[Rotation]) -> list[Rotation]:
+def _distinct(value: list[RotatedStates]) -> list[RotatedStates]:
     """The rotations, unchanged. Raises `ValueError` for a repetition."""
     distinct(tuple(value))
     return value
@@ -210,7 +210,7 @@ class CastSettings(PassSettings):
         "projections and up projections take the factor, so that the model computes the same. 0.5 is usual. It needs "
         "calibration data.",
     )
-    rotations: Annotated[list[Rotation], AfterValidator(_distinct)] = Field(
+    rotations: Annotated[list[RotatedStates], AfterValidator(_distinct)] = Field(
         default_factory=list,
         description="Rotate the model before anything is rounded, by random signs and Hadamard matrices that are folded into "
         "the weights (QuaRot, arXiv 2404.00456; R1 and R2 of SpinQuant, arXiv 2405.16406). `residual`: the hidden states "
@@ -268,7 +268,9 @@ class CastSettings(PassSettings):
             raise ValueError(f"`group_size: {self.group_size}` goes with `weights: fp8`")
         self._check_activations(formats - set(DTYPES))
         if self.smoothing is not None and not self.coded:
-            raise ValueError("`smoothing` needs codes, such as `scheme: W8A8`: it changes the inputs of what is rounded")
+            raise ValueError(
+                "`smoothing` needs codes, such as `scheme: W8A8`: it changes the inputs of what is rounded"
+            )
         if self.kv_cache is not None and not self.coded:
             raise ValueError("`kv_cache` needs codes, such as `weights: int8`: it is recorded in their config")
         if self.kv_cache_scales is not None and self.kv_cache is None:

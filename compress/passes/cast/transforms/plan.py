@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import replace
 
 from compress.architectures import channels
-from compress.architectures.channels import Channels, Place, ResidualStream
+from compress.architectures.channels import ChannelPlace, Channels, ResidualStream
 from compress.architectures.model_map import model_map
 from compress.errors import PassError
 from compress.formatting import format_bytes
@@ -88,7 +87,7 @@ def _require_residual(spec: Spec, stream: ResidualStream) -> None:
     _require(spec, (f"{each.source.module}.weight" for each in stream.norms), "rotations", fills=False)
 
 
-def _require_places(spec: Spec, places: Iterable[Place], key: str, *, fills: bool) -> None:
+def _require_places(spec: Spec, places: Iterable[ChannelPlace], key: str, *, fills: bool) -> None:
     _require(spec, (f"{place.module}.weight" for place in places), key, fills=fills)
 
 

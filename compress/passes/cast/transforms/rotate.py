@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import torch
 
-from compress.architectures.channels import Channels, Place
+from compress.architectures.channels import ChannelPlace, Channels
 from compress.checkpoint.values import Checkpoint
 from compress.passes.cast.settings import CastSettings
 from compress.passes.cast.transforms.plan import residual, values
@@ -41,9 +41,9 @@ def _rotate_residual(checkpoint: Checkpoint, spec: Spec, steps: Steps, seed: int
             steps.scale(place, _weight(checkpoint, norm))
             steps.turn(place, rotation)
         steps.add(f"{norm.source.module}.weight", _constant(1.0 - norm.offset))
-    steps.turn(Place(stream.embedding.removesuffix(".weight"), "in", everything, everything), rotation)
+    steps.turn(ChannelPlace(stream.embedding.removesuffix(".weight"), "in", everything, everything), rotation)
     for module in stream.writers:
-        steps.turn(Place(module, "out", everything, everything), rotation)
+        steps.turn(ChannelPlace(module, "out", everything, everything), rotation)
 
 
 def _weight(checkpoint: Checkpoint, norm: Channels) -> Callable[[], torch.Tensor]:

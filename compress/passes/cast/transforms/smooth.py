@@ -1,4 +1,4 @@
-"""Smoothing: inputs that are hard to round are divided by a factor for each channel, which weights before and after them take."""
+"""Smoothing: inputs that are hard to round are divided by factors, channel by channel; the weights around them take these."""
 
 from __future__ import annotations
 

@@ -6,16 +6,16 @@ from collections.abc import Callable
 
 import torch
 
-from compress.architectures.channels import Place
+from compress.architectures.channels import ChannelPlace
 from compress.architectures.model_map import model_map
 from compress.checkpoint.values import Checkpoint, Derived, Value
 from compress.solvers.rotation import Rotation
 from compress.spec.spec import Spec
 
 #: The values of a tensor in float32 or float64 ▶ the changed values.
-Step = Callable[[torch.Tensor], torch.Tensor]
+TensorStep = Callable[[torch.Tensor], torch.Tensor]
 #: Numbers by channel, float64 [count]; read when a tensor is.
-Factors = Callable[[], torch.Tensor]
+ChannelFactors = Callable[[], torch.Tensor]
 
 
 class Steps:
@@ -23,13 +23,13 @@ class Steps:
 
     def __init__(self, checkpoint: Checkpoint, spec: Spec) -> None:
         self._checkpoint, self._spec, self._linears = checkpoint, spec, model_map(spec).linears
-        self._steps: dict[str, list[Step]] = {}
+        self._steps: dict[str, list[TensorStep]] = {}
 
-    def add(self, name: str, step: Step) -> None:
+    def add(self, name: str, step: TensorStep) -> None:
         """Add a step on a tensor."""
         self._steps.setdefault(name, []).append(step)
 
-    def scale(self, place: Place, factors: Factors) -> None:
+    def scale(self, place: ChannelPlace, factors: ChannelFactors) -> None:
         """Multiply the channels of a place by factors."""
 
         def step(values: torch.Tensor, axis: int) -> torch.Tensor:
@@ -41,22 +41,22 @@ class Steps:
 
         self._along(place, step)
 
-    def turn(self, place: Place, rotation: Rotation) -> None:
+    def turn(self, place: ChannelPlace, rotation: Rotation) -> None:
         """Rotate each run of channels of a place that is as long as the rotation is wide."""
 
         def step(values: torch.Tensor, axis: int) -> torch.Tensor:
             across = values.movedim(axis, -1)
             if len(place.entries) == across.shape[-1]:
-                turned = rotation.turned(across.unflatten(-1, (-1, rotation.size))).flatten(-2)
+                turned = rotation.turned(across.reshape(*across.shape[:-1], -1, rotation.size)).flatten(-2)
             else:
                 entries, turned = torch.tensor(list(place.entries)), across.clone()
-                own = across[..., entries].unflatten(-1, (-1, rotation.size))
+                own = across[..., entries].reshape(*across.shape[:-1], -1, rotation.size)
                 turned[..., entries] = rotation.turned(own).flatten(-2)
             return turned.movedim(-1, axis).contiguous()
 
         self._along(place, step)
 
-    def _along(self, place: Place, step: Callable[[torch.Tensor, int], torch.Tensor]) -> None:
+    def _along(self, place: ChannelPlace, step: Callable[[torch.Tensor, int], torch.Tensor]) -> None:
         """Add a step along the axis of a place: of the weight, and where the place is outputs also of the bias."""
         weight, bias = f"{place.module}.weight", f"{place.module}.bias"
         linear = self._linears.get(weight)
