@@ -2,12 +2,14 @@
 
 PEER is the interpreter of an environment with llm-compressor. Both tools get the model in bfloat16 and the same calibration
 ids, and write a compressed-tensors checkpoint; `compress.load` reads both, and rounds inputs as stock transformers does.
-llm-compressor runs GPTQ for integers and rounds floats, as its examples do; `cast` runs with its defaults.
+llm-compressor runs GPTQ for integers and rounds floats, as its examples do; `cast` runs with its defaults. ``--transforms``
+puts smoothing or rotations before both (SmoothQuantModifier, SpinQuantModifier).
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import shutil
 import sys
 import tempfile
@@ -19,6 +21,14 @@ from benchmarks import page, scoring
 from benchmarks.peers import call
 
 TOOL = "llm-compressor"
+#: Transforms before rounding ▶ settings of `cast`, and what llm-compressor has for them.
+TRANSFORMS: dict[str, tuple[dict[str, Any], str]] = {
+    "none": ({}, ""),
+    "smoothing-0.5": ({"smoothing": 0.5}, "SmoothQuant=0.5+"),
+    "smoothing-0.8": ({"smoothing": 0.8}, "SmoothQuant=0.8+"),
+    "values": ({"rotations": ["values"]}, "SpinQuant=R2+"),
+    "rotations": ({"rotations": ["residual", "values"]}, "SpinQuant=R1,R2+"),
+}
 
 
 def main() -> None:
@@ -30,6 +40,7 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=32)
     parser.add_argument("--schemes", nargs="+", default=["W4A16", "W8A8", "FP8_BLOCK", "NVFP4"])
     parser.add_argument("--group", type=int, help="inputs that share a scale, of integers but W8A8, in both tools")
+    parser.add_argument("--transforms", nargs="+", choices=TRANSFORMS, default=["none"], help="before rounding")
     parser.add_argument("--effort", default="balanced", help="of `cast`")
     parser.add_argument("--section", default="schemes", help="of docs/benchmarks.md; '-' prints only")
     scoring.options(parser)
@@ -56,16 +67,20 @@ def main() -> None:
             print(" | ".join(rows[-1]), flush=True)
             shutil.rmtree(folder)
 
-        for scheme in args.schemes:
+        for scheme, transform in itertools.product(args.schemes, args.transforms):
             start = time.process_time()
             data: Any = samples.ids
             grouped = args.group and scheme.startswith("W") and scheme != "W8A8"
-            more = {"group_size": args.group} if grouped else {}
+            settings, peer = TRANSFORMS[transform]
+            more = settings | ({"group_size": args.group} if grouped else {})
             ours = compress.apply(
                 "cast", base, scratch / "ours", data=data, scheme=scheme, effort=args.effort, dtype="float32", **more
             )
-            row(scheme, f"`cast`, {args.effort}", ours, time.process_time() - start)
-            job = f"{'GPTQ' if scheme.startswith('W') else 'RTN'} {scheme}" + (f":{args.group}" if grouped else "")
+            before = "" if transform == "none" else f", {transform}"
+            row(scheme, f"`cast`, {args.effort}{before}", ours, time.process_time() - start)
+            job = f"{peer}{'GPTQ' if scheme.startswith('W') else 'RTN'} {scheme}" + (
+                f":{args.group}" if grouped else ""
+            )
             theirs = scratch / "theirs"
             answer = call(args.peer, "llm_schemes", str(base), str(scratch / "ids.safetensors"), job, theirs)
             row(scheme, f"{TOOL}, {job.partition(' ')[0]}", theirs, answer["cpu_s"])

@@ -1,6 +1,6 @@
 """llm-compressor's own checkpoint of a scheme by name: GPTQ for integers, rounding for floats, as its examples do.
 
-``W4A16:64`` is the scheme with another group size.
+``W4A16:64`` is the scheme with another group size. ``SmoothQuant=0.5+GPTQ`` smooths first, ``SpinQuant=R1,R2+GPTQ`` rotates.
 """
 
 from __future__ import annotations
@@ -14,10 +14,21 @@ import torch
 from compressed_tensors.quantization import preset_name_to_scheme
 from datasets import Dataset
 from llmcompressor import oneshot
+from llmcompressor.modifiers import Modifier
 from llmcompressor.modifiers.gptq import GPTQModifier
 from llmcompressor.modifiers.quantization import QuantizationModifier
+from llmcompressor.modifiers.transform.smoothquant import SmoothQuantModifier
+from llmcompressor.modifiers.transform.spinquant import SpinQuantModifier
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
+
+
+def transforms(text: str) -> list[Modifier]:
+    """The modifier before rounding: ``SmoothQuant=0.5`` or ``SpinQuant=R1,R2``; none for an empty text."""
+    name, _, value = text.partition("=")
+    if name == "SmoothQuant":
+        return [SmoothQuantModifier(smoothing_strength=float(value))]
+    return [SpinQuantModifier(rotations=value.split(","))] if name == "SpinQuant" else []
 
 
 def main() -> None:
@@ -26,12 +37,13 @@ def main() -> None:
     ids = load_file(request["ids"])["ids"]
     model = AutoModelForCausalLM.from_pretrained(request["model"], dtype="auto").eval()
     data = Dataset.from_dict({"input_ids": ids.tolist(), "attention_mask": torch.ones_like(ids).tolist()})
-    kind = GPTQModifier if request["method"] == "GPTQ" else QuantizationModifier
+    transform, _, method = request["method"].rpartition("+")
+    kind = GPTQModifier if method == "GPTQ" else QuantizationModifier
     name, _, group = request["amount"].partition(":")
     scheme = preset_name_to_scheme(name, ["Linear"])
     if group:
         scheme.weights.group_size = int(group)
-    recipe = [kind(config_groups={"group_0": scheme}, ignore=["re:.*lm_head.*"])]
+    recipe = [*transforms(transform), kind(config_groups={"group_0": scheme}, ignore=["re:.*lm_head.*"])]
     cpu = time.process_time()
     oneshot(model=model, dataset=data, recipe=recipe, max_seq_length=ids.shape[1], num_calibration_samples=len(ids))
     answer = {"cpu_s": round(time.process_time() - cpu, 1)}
