@@ -32,6 +32,7 @@ TABLE = _folders()
 WORDS: dict[str, tuple[str, ...]] = {
     **dict.fromkeys(("prune", "pruning"), ("prune_unstructured", "prune_structured")),
     **dict.fromkeys(("quantize", "quantise", "quantization", "quantisation", "quant", "gptq", "awq", "rtn"), ("cast",)),
+    **dict.fromkeys(("smoothquant", "spinquant", "quarot"), ("cast",)),
     **dict.fromkeys(("sparsify", "sparsity", "sparsegpt", "wanda", "alps", "magnitude"), ("prune_unstructured",)),
     **dict.fromkeys(("drop_layers", "shortgpt", "minitron"), ("prune_structured",)),
     **dict.fromkeys(("factorise", "svd", "low_rank", "lora", "decompose"), ("factorize",)),

@@ -61,7 +61,8 @@ class Cast(Pass[CastSettings]):
     source: ClassVar[str] = (
         "IEEE 754-2019, 4.3.1 (round to nearest, ties to even); gptq: GPTQ, arXiv 2210.17323; asymmetric: GPTAQ, arXiv "
         "2504.02692; alternating: QuantEase, arXiv 2309.01885; curvature: YAQA, arXiv 2505.22988; block reconstruction: BRECQ, "
-        "arXiv 2102.05426; formats: compressed-tensors"
+        "arXiv 2102.05426; smoothing: SmoothQuant, arXiv 2211.10438; rotations: QuaRot, arXiv 2404.00456; formats: "
+        "compressed-tensors"
     )
 
     def completed(
