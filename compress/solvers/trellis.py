@@ -10,6 +10,8 @@ Letters: O outputs, I inputs, S sequences, N weights of a sequence, P = 2^K code
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from compress.checkpoint.storage.trellis import STATE_BITS, rotate, sequences, state_values
@@ -30,7 +32,7 @@ class TrellisCoder:
     """Finds codes of the trellis of ``bits`` bits a weight on a device."""
 
     def __init__(self, bits: int, device: torch.device) -> None:
-        self.P, self.R = 1 << bits, 1 << (STATE_BITS - bits)
+        self.bits, self.P, self.R = bits, 1 << bits, 1 << (STATE_BITS - bits)
         self.Q = self.R // self.P
         #: Values of the states [2^10].
         self.values = state_values().to(device)
@@ -64,17 +66,31 @@ class TrellisCoder:
             # the next state forgets the highest bits of this one: of those that differ in them alone, the best counts
             torch.amin(cost, 0, out=after)
         low_S = least_NRS[N].argmin(0) if ends_S is None else ends_S
+        return self._back(x_NS, weight_NS, least_NRS, low_S)
+
+    def _back(
+        self, x_NS: torch.Tensor, weight_NS: torch.Tensor, least_NRS: torch.Tensor, low_S: torch.Tensor
+    ) -> torch.Tensor:
+        """States of the best path that ends with the low part ``low_S``, from the least costs of all paths."""
+        (N, S), P, R, Q = x_NS.shape, self.P, self.R, self.Q
         high_P1 = torch.arange(P, device=x_NS.device)[:, None]
-        before_PS, last_P1 = high_P1 * (Q * S) + number_S, high_P1 * R
+        before_PS, last_P1 = high_P1 * (Q * S) + torch.arange(S, device=x_NS.device), high_P1 * R
+        tensors = self.values, x_NS, weight_NS, least_NRS, low_S, before_PS, last_P1
+        arrays: tuple[Any, ...] = (
+            tensors if x_NS.is_cuda else tuple(t.numpy() for t in tensors)
+        )  # numpy's calls cost less
+        values, x, weight, least, low, before, last = arrays
         states = []
-        for x_S, weight_S, least_RS in zip(
-            *(reversed(t.unbind()) for t in (x_NS, weight_NS, least_NRS[:-1])), strict=True
-        ):
-            rest_S = low_S // P
-            error_PS = self.values.take(last_P1 + low_S).sub_(x_S).square_().mul_(weight_S)
-            high_S = error_PS.add_(least_RS.take(before_PS + rest_S * S)).argmin(0)
-            states.append(high_S * R + low_S)
-            low_S = high_S * Q + rest_S
+        for n in range(N - 1, -1, -1):
+            rest = low >> self.bits
+            error = values.take(last + low)
+            error -= x[n]
+            error *= error
+            error *= weight[n]
+            error += least[n].take(before + rest * S)
+            high = error.argmin(0)
+            states.append(torch.as_tensor(high * R + low))
+            low = high * Q + rest
         return torch.stack(states[::-1])
 
     def columns(self, w_CO: torch.Tensor, scale_O: torch.Tensor) -> torch.Tensor:
