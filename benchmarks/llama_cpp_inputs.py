@@ -2,13 +2,15 @@
 
 The matrices of MODEL are rounded to int4, and the result is exported to GGUF. KL is from that checkpoint in transformers,
 float32, so a file shows only what the runtime rounds. Beside it: transformers with the kernels' rule, which rounds the inputs
-of each product to 8 bits with a float16 scale for 32 of them (``block_q8_0`` in ggml-common.h).
+of each product to 8 bits with a float16 scale for 32 of them (``block_q8_0`` in ggml-common.h). ``--blas``: the python of an
+environment with llama-cpp-python built with BLAS, which multiplies prompts in float32; see tools/runtimes/llama_cpp_blas.py.
 """
 
 from __future__ import annotations
 
 import argparse
 import shutil
+import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -28,6 +30,7 @@ def main() -> None:
     parser.add_argument("--model", default=str(ROOT / "examples/tiny-lm"))
     parser.add_argument("--heldout", nargs="+", default=[str(ROOT / "examples/text/test.txt")])
     parser.add_argument("--windows", type=int, default=4)
+    parser.add_argument("--blas", help="python of an environment with llama-cpp-python that was built with BLAS")
     parser.add_argument("--section", default="gguf-inputs", help="of docs/benchmarks.md; '-' prints only")
     args = parser.parse_args()
     place = Path(tempfile.mkdtemp(prefix="compress-bench-"))
@@ -76,9 +79,24 @@ def measured(args: argparse.Namespace, place: Path) -> Iterator[list[str]]:
     yield row("llama.cpp, Q4_0", exact, in_llama_cpp("codes.gguf"))
     yield row("llama.cpp, Q4_0, no repacking", exact, in_llama_cpp("codes.gguf", repacked=False))
     yield row("llama.cpp, Q4_0, float32 cache", exact, in_llama_cpp("codes.gguf", wide_cache=True))
+    if args.blas:
+        yield row("llama.cpp built with BLAS, Q4_0, float32 cache", exact, with_blas(args.blas, place, windows.numpy()))
     single, double = computed("float32", rounded=True), computed("float64", rounded=True)
     yield row("transformers, inputs rounded", exact, single)
     yield row("the same in float64, from it in float32", single, double)
+
+
+def with_blas(python: str, place: Path, ids: Any) -> Any:
+    """Logarithms of the probabilities of ``codes.gguf``, float64 [windows, tokens, vocabulary]."""
+    import numpy as np
+    import torch
+
+    np.save(place / "ids.npy", ids)
+    script = ROOT / "tools/runtimes/llama_cpp_blas.py"
+    subprocess.run(
+        [python, "-P", script, *(place / name for name in ("codes.gguf", "ids.npy", "logits.npy"))], check=True
+    )
+    return torch.from_numpy(np.load(place / "logits.npy")).double().log_softmax(-1)
 
 
 def round_inputs(model: Any) -> None:
