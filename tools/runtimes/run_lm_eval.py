@@ -7,11 +7,15 @@ import json
 from importlib.metadata import version
 from pathlib import Path
 
-import lm_eval
 import transformers
 from each import each
+from lm_eval.evaluator import evaluate
 from lm_eval.models.huggingface import HFLM
+from lm_eval.tasks import TaskManager
 from stock import load
+
+#: Reads the names of all tasks once. `simple_evaluate` would, for each model, and ask pip for the versions of packages.
+TASKS = TaskManager()
 
 
 def outputs(folder, asked):
@@ -27,10 +31,12 @@ def outputs(folder, asked):
         "doc_to_text": "",
         "doc_to_target": "{{text}}",
         "metric_list": [{"metric": "bits_per_byte"}],
+        "num_fewshot": 0,
     }
     model = load(folder, True)
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
-    scored = lm_eval.simple_evaluate(HFLM(model, tokenizer=tokenizer, batch_size=1), tasks=[task], log_samples=False)
+    model = HFLM(model, tokenizer=tokenizer, batch_size=1)
+    scored = evaluate(model, TASKS.load([task]), log_samples=False, bootstrap_iters=0)
     return {"bits_per_byte": scored["results"]["lines"]["bits_per_byte,none"], "version": version("lm-eval")}
 
 
