@@ -33,10 +33,8 @@ def measured(
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """The row of a model in the table, with figures of some artefacts in some runtimes, and these runtimes."""
     model = MODELS[name]
-    outputs = {"compress": cells("compress", name, artefacts, fresh)}
-    if "vLLM" in runtimes:
-        outputs["transformers"] = cells("transformers", name, artefacts, fresh)
-    for runtime in runtimes:
+    outputs = {}
+    for runtime in dict.fromkeys(("compress", *(["transformers"] if "vLLM" in runtimes else []), *runtimes)):
         start = time.perf_counter()
         outputs[runtime] = cells(runtime, name, artefacts, fresh)
         print(f"{name} in {runtime}: {time.perf_counter() - start:.0f} s", file=sys.stderr, flush=True)
@@ -49,8 +47,8 @@ def measured(
         rows[one] = {"what": made.what, "holds": holdings(spec), "opens": opens}
         if measured_rates := rates(name, one):
             rows[one]["rates"] = measured_rates
-    versions = {runtime: max(str(one.get("version", "")) for one in outputs[runtime].values()) for runtime in runtimes}
-    used = {runtime: {"version": versions[runtime], "opens": RUNTIMES[runtime][0]} for runtime in runtimes}
+    versions = {each: max(str(one.get("version", "")) for one in outputs[each].values()) for each in runtimes}
+    used = {each: {"version": versions[each], "opens": RUNTIMES[each][0]} for each in runtimes}
     auto = auto_class(open_headers(folder_of(name))[0].structure.class_name)
     return {"what": model.what, "tokens": model.tokens, "auto_class": auto, "artefacts": rows}, used
 

@@ -28,7 +28,7 @@ from each import each
 ROUNDS = "VLLM_CPU_INT4_W4A8"
 LIKELIEST = 20
 #: Tokens that are decoded where each token's inputs are rounded to fp8: without fp8 products in the CPU one takes seconds.
-FEW = 8
+FEW = 4
 torch.cpu._init_amx()  # asks Linux for AMX, which a kernel of vLLM 0.32 for int4 uses without
 
 
