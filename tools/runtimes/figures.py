@@ -65,7 +65,7 @@ def figures(values: Mapping[str, Any], reference: Mapping[str, Any], asked: Mapp
 
 def reason(error: str) -> str:
     """An error, shortened for a table, without the folder of the artefact."""
-    text = re.sub(rf"{re.escape(str(BUILD))}/\S+", "FOLDER", error)
+    text = re.sub(rf"{re.escape(str(BUILD))}/\S+", "FOLDER", error).removesuffix(" Reasons:")
     return shorten(text.replace("|", "¦"), LONGEST, placeholder=" …")
 
 

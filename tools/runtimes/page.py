@@ -31,7 +31,7 @@ def page(table: dict[str, Any]) -> Iterator[str]:
 
 
 def _section(table: dict[str, Any], title: str, model: dict[str, Any]) -> Iterator[str]:
-    artefacts, reasons = model["artefacts"], dict[tuple[str, str], int]()
+    artefacts, reasons = model["artefacts"], dict[str, list[str]]()
     names = [name for name in COLUMNS if any(name in one["opens"] for one in artefacts.values())]
     yield from ("", f"## {title}", "", f"{model['what']}; {model['tokens']:,} tokens.", "")
     yield f"| artefact | | {' | '.join(f'{name}: {COLUMNS[name]}' for name in names)} |"
@@ -41,9 +41,9 @@ def _section(table: dict[str, Any], title: str, model: dict[str, Any]) -> Iterat
         yield f"| {artefact} | {facts['what']} | {' | '.join(cells)} |"
     if reasons:
         yield ""
-    for (runtime, reason), number in reasons.items():
+    for number, (reason, runtimes) in enumerate(reasons.items(), 1):
         yield from textwrap.wrap(
-            f"- [{number}] {runtime}: {reason}", 119, subsequent_indent="  ", break_on_hyphens=False
+            f"- [{number}] {', '.join(runtimes)}: {reason}", 119, subsequent_indent="  ", break_on_hyphens=False
         )
     yield from _rates(artefacts)
     titles = ("runtime", "opens", "floats, from float64", "text in halves", "greedy tokens", "ids of the text")
@@ -53,12 +53,14 @@ def _section(table: dict[str, Any], title: str, model: dict[str, Any]) -> Iterat
         yield f"| {name} {facts['version']} | {facts['opens']} | {' | '.join(_over_all(name, artefacts))} |"
 
 
-def _cell(runtime: str, figures: dict[str, Any] | None, reasons: dict[tuple[str, str], int]) -> str:
-    """Figures of one artefact in one runtime, or the number of the reason why there are none."""
+def _cell(runtime: str, figures: dict[str, Any] | None, reasons: dict[str, list[str]]) -> str:
+    """Figures of one artefact in one runtime, or the number of the reason why there are none, with its runtimes."""
     if figures is None:
         return "–"
     if "no" in figures:
-        return f"[{reasons.setdefault((runtime, figures['no']), len(reasons) + 1)}]"
+        runtimes = reasons.setdefault(figures["no"], [])
+        runtimes += [] if runtime in runtimes else [runtime]
+        return f"[{list(reasons).index(figures['no']) + 1}]"
     if runtime == "transformers":
         return "; ".join([f"{figures['largest']:.1e}", *_likeliest(figures, "")])
     if "gap" in figures:
