@@ -162,17 +162,18 @@ class Cast(Pass[CastSettings]):
         return max(measuring, *runners)
 
     def work(self, spec: Spec, settings: CastSettings, sizes: DataSizes) -> Work | None:
-        """Work of the block runner, or of rounding; None for static scales, transforms, and trellis codes without calibration.
+        """Work of the block runner, or of rounding; None for static scales, and for trellis codes without calibration.
 
         Of a budget also the work of measuring divergences; the formats are those that the plan assumes.
         """
-        if settings.measured or settings.rotations or not model_map(spec).known:
+        if settings.static_cache or settings.static_inputs or not model_map(spec).known:
             return None
         after = self.plan(spec, settings)
         coded = {t.name: t.quant_format for t in after.stored() if t.quant_format is not None}
         if not settings.solved and any(quant_format.is_trellis for quant_format in coded.values()):
             return None
-        work = Work()
+        if (work := transforms.work(spec, settings, sizes.calibration)) is None:
+            return None
         if settings.budgeted:
             if sizes.calibration is None:
                 return None

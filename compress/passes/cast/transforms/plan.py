@@ -12,7 +12,12 @@ from compress.errors import PassError
 from compress.formatting import format_bytes
 from compress.passes.cast.plan import takes_codes, untied
 from compress.passes.cast.settings import CastSettings
+from compress.passes.work import SampleSize, model_work
 from compress.spec.spec import Spec, Tensor
+from compress.work import Work
+
+#: Passes over a weight that is rotated, of those that `Work` counts.
+_ROTATING = 10.0
 
 
 def transformed_spec(spec: Spec, settings: CastSettings) -> Spec:
@@ -54,6 +59,22 @@ def smoothed_channels(spec: Spec, settings: CastSettings) -> tuple[Channels, ...
         everything = (*channels.norms(spec), *channels.values(spec), *channels.neurons(spec))
     coded = takes_codes(spec, settings)
     return tuple(one for one in everything if any(f"{place.module}.weight" in coded for place in one.readers))
+
+
+def work(spec: Spec, settings: CastSettings, calibration: SampleSize | None) -> Work | None:
+    """The work of the transforms; None where calibration data are needed and their size is not known."""
+    result = Work()
+    if settings.smoothing is not None:
+        if calibration is None:
+            return None
+        result.add_all(model_work(spec, calibration))
+    changed = 0
+    if "residual" in settings.rotations:
+        changed += sum(tensor.count for tensor in spec.stored() if len(tensor.shape) == 2)
+    if "values" in settings.rotations:
+        changed += sum(spec.tensors[f"{place.module}.weight"].count for one in values(spec) for place in one.places)
+    result.add("values", 0, 1, _ROTATING * changed)
+    return result
 
 
 def _has_values(spec: Spec) -> bool:
