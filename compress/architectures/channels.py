@@ -116,14 +116,14 @@ def residual_stream(spec: Spec) -> ResidualStream:
     mapped = _mapped(spec)
     declared, family = _norms(mapped), mapped.record.model_type
     if declared.centred:
-        raise _refusal(f"the norms of {family} subtract the mean, which no rotation of the hidden states keeps")
+        raise PassError(f"the norms of {family} subtract the mean, which no rotation of the hidden states keeps")
     if declared.behind:
-        raise _refusal(f"{family} normalises what blocks add to the hidden states, channel by channel")
+        raise PassError(f"{family} normalises what blocks add to the hidden states, channel by channel")
     if mapped.head_weight is None or mapped.embedding is None or mapped.record.projections:
-        raise _refusal(f"{mapped.spec.structure.class_name or family} has no head that predicts tokens")
+        raise PassError(f"{mapped.spec.structure.class_name or family} has no head that predicts tokens")
     final = mapped.record.find_name(spec, f"{declared.final}.weight")
     if final is None:
-        raise _refusal(f"no norm `{declared.final}` is in front of the head")
+        raise PassError(f"no norm `{declared.final}` is in front of the head")
     width = mapped.hidden
     last = _norm(final.rpartition(".")[0], [mapped.head_weight.module], width, declared, "final norm", None)
     attention = mapped.record.attention
@@ -208,14 +208,14 @@ def _mapped(spec: Spec) -> ModelMap:
     """The map of a model with a written record and one list of blocks. Raises `PassError`."""
     mapped = model_map(spec)
     if mapped.record.source != "written" or mapped.record.stacks:
-        raise _refusal(f"no record says what reads the norms and values of {mapped.config.get('model_type')}")
+        raise PassError(f"no record says what reads the norms and values of {mapped.config.get('model_type')}")
     return mapped
 
 
 def _norms(mapped: ModelMap) -> Norms:
     declared = mapped.record.norms
     if declared is None or mapped.record.attention is None or not declared.fits(mapped.config):
-        raise _refusal(f"the norms of {mapped.record.model_type} are not read by linear layers of a block alone")
+        raise PassError(f"the norms of {mapped.record.model_type} are not read by linear layers of a block alone")
     return declared
 
 
@@ -230,9 +230,5 @@ def _whole_blocks(mapped: ModelMap) -> Iterator[ModelBlock]:
             for ups, down in _experts(mlp, block):
                 known |= {*ups, down}
         if unknown := next((linear for linear in block.linears if linear.part not in known), None):
-            raise _refusal(f"no record says what {unknown.name} reads and writes")
+            raise PassError(f"no record says what {unknown.name} reads and writes")
         yield block
-
-
-def _refusal(what: str) -> PassError:
-    return PassError(what)

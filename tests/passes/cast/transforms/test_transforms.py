@@ -17,6 +17,7 @@ from compress.passes.cast.settings import CastSettings
 from compress.passes.cast.transforms.plan import notes, smoothed_channels, transformed_spec
 from compress.passes.cast.transforms.rotate import rotated
 from compress.passes.cast.transforms.smooth import smooth
+from compress.passes.work import DataSizes, SampleSize
 from compress.planning import planned_size, size_on_disk
 from tests import pico
 from tests.toolbox import IDS, apply, edit_config, our_logits, plan, prune, stock_logits, write
@@ -118,6 +119,20 @@ def test_smoothing_measures_inputs_once_and_keeps_its_scales(tmp_path):
     instance = passes.get("cast")
     assert instance.required_data(instance.settings(**settings)) == {"calibration"}
     assert instance.mode_for(instance.settings(scheme="W8A8", method="rtn", rotations=BOTH)) == "stream"
+
+
+def test_plans_count_the_work_of_transforms():
+    instance, sizes = passes.get("cast"), DataSizes(SampleSize(4, 16))
+    spec = open_checkpoint(pico.folder("llama", with_tokenizer=False)).spec
+
+    def products(**settings):
+        work = instance.work(spec, instance.settings(scheme="W8A8", method="rtn", **settings), sizes)
+        return sum(amount.times for amount in work.amounts() if amount.kind == "product")
+
+    assert products() == products(rotations=BOTH) == 0
+    assert products(smoothing=0.5) == 4 * 7 * 4 * 16  # blocks, matrices, tokens
+    settings = instance.settings(scheme="W8A8", method="rtn", smoothing=0.5)
+    assert instance.work(spec, settings, DataSizes()) is None
 
 
 @pytest.mark.parametrize(
