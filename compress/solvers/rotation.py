@@ -1,8 +1,8 @@
-"""Random orthogonal matrices that spread every entry over all others, as products that take n log n steps.
+"""Random orthogonal matrices that spread every entry over all others, as a few products with small matrices.
 
 Q = D (C ⊗ H) / √n for n entries: D are random signs, H is the Hadamard matrix of the largest power of two that divides n, and C
-the Hartley matrix of the odd rest, whose entries cos φ + sin φ are no larger than √2. Sources: QuaRot, arXiv 2404.00456 (random
-signs and Hadamard matrices); Hartley 1942.
+the Hartley matrix of the odd rest, whose entries cos φ + sin φ are no larger than √2. H is a Kronecker product of matrices of
+at most 64 rows, each a product of its own. Sources: QuaRot, arXiv 2404.00456 (signs and Hadamard matrices); Hartley 1942.
 """
 
 from __future__ import annotations
@@ -11,8 +11,8 @@ from math import pi
 
 import torch
 
-from compress.checkpoint.storage.trellis import hadamard
-
+#: Rows of the largest Hadamard matrix that values are multiplied with.
+_LARGEST = 64
 #: Numbers that are rotated at a time, in float64.
 _AT_ONCE = 1 << 23
 
@@ -45,10 +45,30 @@ class Rotation:
     def _product(self, rows: torch.Tensor) -> torch.Tensor:
         signed = rows.double() * self._signs.to(rows.device)
         odd = len(self._odd_CC)
-        mixed = hadamard(signed.reshape(-1, self._even), self._even).view(len(rows), odd, self._even)
+        mixed = _times_hadamard(signed, self._even).reshape(len(rows), odd, self._even)
         product: torch.Tensor = self._odd_CC.to(rows.device) @ mixed
         return product.flatten(1)
 
     def matrix(self) -> torch.Tensor:
         """Q, float64 [n, n]."""
         return self.turned(torch.eye(self.size, dtype=torch.float64))
+
+
+def _times_hadamard(values: torch.Tensor, size: int) -> torch.Tensor:
+    """Runs of ``size`` neighbours, a power of two, times the Hadamard matrix of as many rows, with entries 1 and -1."""
+    done = 1
+    while done < size:
+        factor = min(_LARGEST, size // done)
+        H = _hadamard(factor).to(values)
+        runs = values.reshape(-1, factor, done)
+        values = runs.flatten(1) @ H if done == 1 else H @ runs
+        done *= factor
+    return values
+
+
+def _hadamard(size: int) -> torch.Tensor:
+    """Sylvester's Hadamard matrix, float64 [size, size]."""
+    H = torch.ones(1, 1, dtype=torch.float64)
+    while len(H) < size:
+        H = torch.cat([torch.cat([H, H], 1), torch.cat([H, -H], 1)])
+    return H

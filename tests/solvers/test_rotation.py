@@ -19,7 +19,7 @@ def product(size: int, seed: int) -> torch.Tensor:
     return signs[:, None] * torch.kron(C, H) / size**0.5
 
 
-@pytest.mark.parametrize("size", [1, 8, 9, 24, 40])
+@pytest.mark.parametrize("size", [1, 8, 9, 24, 40, 128, 384])
 def test_rotation_is_orthogonal_and_its_own_definition(size):
     matrix = Rotation(size, 3).matrix()
     assert torch.allclose(matrix @ matrix.T, torch.eye(size, dtype=torch.float64), atol=1e-13)

@@ -99,18 +99,6 @@ def states_of(codes: torch.Tensor, bits: int) -> torch.Tensor:
     return states
 
 
-def hadamard(values: torch.Tensor, size: int) -> torch.Tensor:
-    """Rows [O, I], each run of ``size`` (a power of two) times a Hadamard matrix of entries 1 and -1; in their dtype."""
-    import torch
-
-    turned, step = values, 1
-    while step < size:
-        pairs = turned.reshape(len(values), values.shape[1] // (2 * step), 2, step)
-        turned = torch.cat([pairs[:, :, :1] + pairs[:, :, 1:], pairs[:, :, :1] - pairs[:, :, 1:]], 2)
-        step *= 2
-    return turned.reshape(values.shape)
-
-
 def rotate(values: torch.Tensor, back: bool = False) -> torch.Tensor:
     """Rows [O, I] times the rotation of their inputs, or its inverse; float32.
 
@@ -122,7 +110,13 @@ def rotate(values: torch.Tensor, back: bool = False) -> torch.Tensor:
     size = inputs & -inputs
     places = torch.arange(inputs, device=values.device)
     sign = 1.0 - 2.0 * ((places * 40503 >> 7 ^ places * 30011 >> 5) & 1).float()
-    turned = hadamard(values.float() if back else values.float() * sign, size) * float(size**-0.5)
+    turned = values.float() if back else values.float() * sign
+    step = 1
+    while step < size:
+        pairs = turned.reshape(len(values), inputs // (2 * step), 2, step)
+        turned = torch.cat([pairs[:, :, :1] + pairs[:, :, 1:], pairs[:, :, :1] - pairs[:, :, 1:]], 2)
+        step *= 2
+    turned = turned.reshape(values.shape) * float(size**-0.5)
     return turned * sign if back else turned
 
 

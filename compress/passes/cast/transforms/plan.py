@@ -17,7 +17,7 @@ from compress.spec.spec import Spec, Tensor
 from compress.work import Work
 
 #: Passes over a weight that is rotated, of those that `Work` counts.
-_ROTATING = 10.0
+_ROTATING = 4.0
 
 
 def transformed_spec(spec: Spec, settings: CastSettings) -> Spec:
