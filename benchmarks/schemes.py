@@ -28,6 +28,7 @@ TRANSFORMS: dict[str, tuple[dict[str, Any], str]] = {
     "smoothing-0.8": ({"smoothing": 0.8}, "SmoothQuant=0.8+"),
     "values": ({"rotations": ["values"]}, "SpinQuant=R2+"),
     "rotations": ({"rotations": ["residual", "values"]}, "SpinQuant=R1,R2+"),
+    "both": ({"rotations": ["residual", "values"], "smoothing": 0.5}, "SpinQuant=R1,R2;SmoothQuant=0.5+"),
 }
 
 
@@ -41,6 +42,7 @@ def main() -> None:
     parser.add_argument("--schemes", nargs="+", default=["W4A16", "W8A8", "FP8_BLOCK", "NVFP4"])
     parser.add_argument("--group", type=int, help="inputs that share a scale, of integers but W8A8, in both tools")
     parser.add_argument("--transforms", nargs="+", choices=TRANSFORMS, default=["none"], help="before rounding")
+    parser.add_argument("--method", choices=["rtn"], help="of both tools; by default GPTQ, and RTN for its floats")
     parser.add_argument("--effort", default="balanced", help="of `cast`")
     parser.add_argument("--section", default="schemes", help="of docs/benchmarks.md; '-' prints only")
     scoring.options(parser)
@@ -72,15 +74,16 @@ def main() -> None:
             data: Any = samples.ids
             grouped = args.group and scheme.startswith("W") and scheme != "W8A8"
             settings, peer = TRANSFORMS[transform]
-            more = settings | ({"group_size": args.group} if grouped else {})
+            more = (
+                settings | ({"group_size": args.group} if grouped else {}) | ({"method": "rtn"} if args.method else {})
+            )
             ours = compress.apply(
                 "cast", base, scratch / "ours", data=data, scheme=scheme, effort=args.effort, dtype="float32", **more
             )
             before = "" if transform == "none" else f", {transform}"
-            row(scheme, f"`cast`, {args.effort}{before}", ours, time.process_time() - start)
-            job = f"{peer}{'GPTQ' if scheme.startswith('W') else 'RTN'} {scheme}" + (
-                f":{args.group}" if grouped else ""
-            )
+            row(scheme, f"`cast`, {args.method or args.effort}{before}", ours, time.process_time() - start)
+            theirs_by = "GPTQ" if scheme.startswith("W") and not args.method else "RTN"
+            job = f"{peer}{theirs_by} {scheme}" + (f":{args.group}" if grouped else "")
             theirs = scratch / "theirs"
             answer = call(args.peer, "llm_schemes", str(base), str(scratch / "ids.safetensors"), job, theirs)
             row(scheme, f"{TOOL}, {job.partition(' ')[0]}", theirs, answer["cpu_s"])

@@ -24,11 +24,13 @@ from transformers import AutoModelForCausalLM
 
 
 def transforms(text: str) -> list[Modifier]:
-    """The modifier before rounding: ``SmoothQuant=0.5`` or ``SpinQuant=R1,R2``; none for an empty text."""
-    name, _, value = text.partition("=")
-    if name == "SmoothQuant":
-        return [SmoothQuantModifier(smoothing_strength=float(value))]
-    return [SpinQuantModifier(rotations=value.split(","))] if name == "SpinQuant" else []
+    """The modifiers before rounding: ``SmoothQuant=0.5``, ``SpinQuant=R1,R2`` or both, with a semicolon between them."""
+    kinds = {
+        "SmoothQuant": lambda value: SmoothQuantModifier(smoothing_strength=float(value)),
+        "SpinQuant": lambda value: SpinQuantModifier(rotations=value.split(",")),
+    }
+    parts = (part.partition("=") for part in text.split(";") if part)
+    return [kinds[name](value) for name, _, value in parts]
 
 
 def main() -> None:
