@@ -11,22 +11,32 @@ from __future__ import annotations
 
 import sys
 
-import llama_cpp
+import llama_cpp.llama_cpp as core
 import numpy as np
+from llama_cpp import Llama
 
 
 def main(file: str, ids: str, output: str) -> None:
     """Write the logits [samples, length, vocabulary] of each sample alone. BLAS takes batches of 32 tokens and more."""
+    default = core.llama_model_default_params
+
+    def params() -> core.llama_model_params:
+        """Without repacked weights, which the kernels that round inputs read."""
+        result = default()
+        result.use_extra_bufts = False
+        return result
+
+    core.llama_model_default_params = params
     samples = np.load(ids)
     length = samples.shape[1]
-    model = llama_cpp.Llama(
+    model = Llama(
         file,
         n_ctx=length,
         n_batch=length,
         n_ubatch=length,
         logits_all=True,
-        type_k=llama_cpp.GGML_TYPE_F32,
-        type_v=llama_cpp.GGML_TYPE_F32,
+        type_k=core.GGML_TYPE_F32,
+        type_v=core.GGML_TYPE_F32,
         verbose=False,
     )
     logits = []
