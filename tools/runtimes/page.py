@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from compress.formatting import significant
 from tools.runtimes.environments import HERE
 
 #: Runtime ▶ what its column has.
@@ -88,7 +89,7 @@ def _rates(artefacts: dict[str, Any]) -> Iterator[str]:
 
 
 def _change(before: float, after: float) -> tuple[str, str]:
-    return f"{before:.0f} ▶ {after:.0f}", f"{after / before:.2f}"
+    return f"{significant(before)} ▶ {significant(after)}", f"{after / before:.2f}"
 
 
 def _likeliest(figures: dict[str, Any], end: str) -> Iterator[str]:
