@@ -89,6 +89,8 @@ def test_resolved_writes_out_defaults(work: Path) -> None:
                     "kv_cache": None,
                     "kv_cache_scales": None,
                     "runtime": "transformers",
+                    "smoothing": None,
+                    "rotations": [],
                 }
             }
         ],
