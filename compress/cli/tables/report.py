@@ -55,8 +55,9 @@ def print_report(report: Mapping[str, Any]) -> None:
     if (note := figures.quality_note(report)) is not None:
         print_line(console, f"measured on {note}", "dim")
     for note in filter(None, [figures.speed_note(report), *cold_experts(report), *report["notes"]]):
+        warns = " did not help: " in note
         copied = any(mark in note for mark in ("pip install", "/", "`"))  # commands and paths are not broken
-        print_line(console, note, "yellow" if " did not help: " in note else "dim", whole=copied)
+        print_line(console, note, "yellow" if warns else "dim", whole=warns or copied)
     print_line(console, f"report: {report['run_folder']}/report.html (and .md, .json)", "dim", whole=True)
     if report["published"]:
         print_line(console, f"output: {report['output']}", whole=True)
