@@ -85,7 +85,11 @@ def main() -> None:
             theirs_by = "GPTQ" if scheme.startswith("W") and not args.method else "RTN"
             job = f"{peer}{theirs_by} {scheme}" + (f":{args.group}" if grouped else "")
             theirs = scratch / "theirs"
-            answer = call(args.peer, "llm_schemes", str(base), str(scratch / "ids.safetensors"), job, theirs)
+            try:
+                answer = call(args.peer, "llm_schemes", str(base), str(scratch / "ids.safetensors"), job, theirs)
+            except SystemExit as error:  # a scheme or transform that the other tool refuses
+                print(f"{TOOL}, {job}: {str(error).strip().splitlines()[-1]}", flush=True)
+                continue
             row(scheme, f"{TOOL}, {job.partition(' ')[0]}", theirs, answer["cpu_s"])
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
