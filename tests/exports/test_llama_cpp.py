@@ -1,4 +1,4 @@
-"""Exports in llama.cpp itself: logits of every family, and ids of every kind of tokenizer. `make test-all` runs them.
+"""Exports in llama.cpp itself: logits of every family. `make test-all` runs them; test_llama_cpp_ids.py has the ids.
 
 They need the library of `tools.runtimes.llama_cpp`; any command of that module fetches it.
 """
