@@ -1,10 +1,13 @@
 from __future__ import annotations
 
 import json
+import os
 
 import pytest
+import torch
 
 from compress import passes
+from compress.blockwise import rates as blockwise_rates
 from compress.blockwise.rates import _fitted
 from compress.checkpoint.open import open_headers
 from compress.passes.work import DataSizes, SampleSize
@@ -51,6 +54,26 @@ def test_rates_are_cached_by_machine_and_damaged_ones_are_not_read(tmp_path, mon
     monkeypatch.setenv("XDG_CACHE_HOME", str(file))  # not a folder
     keep_rates(ROUGH)
     assert cached_rates() is None
+
+
+@pytest.mark.parametrize(("threads", "others", "kept"), [(2, 0.0, True), (2, 1e6, False), (1, 1e6, True)])
+def test_rates_that_other_processes_falsify_are_not_kept(tmp_path, monkeypatch, threads, others, kept):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(blockwise_rates, "measure_rates", lambda progress: ROUGH)
+    monkeypatch.setattr(blockwise_rates, "_others_seconds", iter([0.0, others]).__next__)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    assert blockwise_rates.kept_rates(SilentProgress()) == ROUGH
+    assert cached_rates() == (ROUGH if kept else None)
+
+
+def test_seconds_of_other_processes_are_of_the_cores_of_this_one(tmp_path, monkeypatch):
+    monkeypatch.setattr(blockwise_rates, "_own_cores", lambda: {1})
+    ticks = os.sysconf("SC_CLK_TCK")
+    stat = tmp_path / "stat"
+    stat.write_text(f"cpu 9 9 9 9\ncpu0 {7 * ticks} 0 0 5\ncpu1 {3000 * ticks} {20 * ticks} {ticks} 5\nintr 1\n")
+    own = sum(os.times()[:4])
+    assert 3021 - own - 5 < blockwise_rates._others_seconds(stat) <= 3021 - own
+    assert blockwise_rates._others_seconds(tmp_path / "none") == 0
 
 
 def _work(name, folder, tokens, **settings):

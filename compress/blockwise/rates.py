@@ -39,7 +39,7 @@ from compress.solvers.trellis import TrellisCoder
 from compress.solvers.wanda import keep_wanda
 from compress.solvers.yaqa import gptq_kronecker, kronecker_error, shrunk, yaqa
 from compress.spec.formats import QuantFormat
-from compress.work import TERMS, Rates, terms
+from compress.work import TERMS, Rates, keep_rates, terms
 
 #: Tokens of a batch that is measured.
 _TOKENS = 1024
@@ -49,6 +49,39 @@ _FORMAT = QuantFormat("int4", 64)
 
 #: A size (O, I), and the seconds per time of the kind there.
 SizeSeconds = tuple[int, int, float]
+
+
+#: Share of the cores that others may have while several threads are measured: threads wait for the slowest of them.
+_OTHERS = 0.1
+
+
+def kept_rates(progress: Progress) -> Rates:
+    """Measure the rates, and keep them for `cached_rates` unless other processes falsified them."""
+    start, others = time.perf_counter(), _others_seconds()
+    rates = measure_rates(progress)
+    cores = len(_own_cores())
+    share = (_others_seconds() - others) / (cores * (time.perf_counter() - start))
+    if torch.get_num_threads() > 1 and share > _OTHERS:
+        progress.message(f"other processes took {share:.0%} of {cores} cores: these rates are rough, and not kept")
+    else:
+        keep_rates(rates)
+    return rates
+
+
+def _own_cores() -> set[int]:
+    return os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else set(range(os.cpu_count() or 1))
+
+
+def _others_seconds(stat: Path = Path("/proc/stat")) -> float:
+    """CPU seconds that other processes have had on the cores of this one; 0 where the system does not tell."""
+    try:
+        rows = [line.split() for line in stat.read_text().splitlines()]
+    except OSError:
+        return 0.0
+    names = {f"cpu{core}" for core in _own_cores()}
+    ticks = sum(int(row[i]) for row in rows if row and row[0] in names for i in (1, 2, 3))  # user, nice, system
+    times = os.times()
+    return ticks / os.sysconf("SC_CLK_TCK") - sum(times[:4])
 
 
 def measure_rates(progress: Progress) -> Rates:

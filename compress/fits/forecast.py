@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from compress.passes.work import model_work, prediction_work
 from compress.planning.make import make_plan
 from compress.recipe import recipe_from_mapping
-from compress.work import Work, cached_rates, computes_on_cpu, keep_rates, minutes_text
+from compress.work import Work, cached_rates, computes_on_cpu, minutes_text
 
 if TYPE_CHECKING:
     from compress.fits.search import Search
@@ -43,10 +43,9 @@ def search_times(search: Search, device: str, dtype: str) -> SearchTimes | None:
         return None
     rates = cached_rates()
     if rates is None:
-        from compress.blockwise.rates import measure_rates
+        from compress.blockwise.rates import kept_rates
 
-        rates = measure_rates(search.progress)
-        keep_rates(rates)
+        rates = kept_rates(search.progress)
     known: dict[str, float | None] = {}
 
     def seconds(passes: list[dict[str, Any]], count: int) -> float | None:

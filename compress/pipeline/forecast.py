@@ -9,7 +9,7 @@ from typing import Self
 
 from compress.planning import Plan, PlannedStage
 from compress.progress import Progress, ProgressTask
-from compress.work import Rates, Work, cached_rates, computes_on_cpu, keep_rates, minutes_text, rough_seconds
+from compress.work import Rates, Work, cached_rates, computes_on_cpu, minutes_text, rough_seconds
 
 #: Seconds that a stage must take, by a rough guess, for this machine to be measured first.
 _WORTH = 60.0
@@ -35,7 +35,9 @@ def predicted_seconds(
     if rates is None:
         if max(rough_seconds(work) for work in works.values() if work is not None) < _WORTH:
             return dict.fromkeys(works)
-        rates = _measured(progress)
+        from compress.blockwise.rates import kept_rates
+
+        rates = kept_rates(progress)
     return {number: None if work is None else rates.predict(work) for number, work in works.items()}
 
 
@@ -46,14 +48,6 @@ def _stage_work(stage: PlannedStage) -> Work | None:
             return None
         result.add_all(planned.work)
     return result
-
-
-def _measured(progress: Progress) -> Rates:
-    from compress.blockwise.rates import measure_rates
-
-    rates = measure_rates(progress)
-    keep_rates(rates)
-    return rates
 
 
 class Forecast:

@@ -177,18 +177,16 @@ def _planned_exports(recipe: Recipe, made: Plan) -> list[dict[str, Any]]:
 
 def _rates(recipe: Recipe, measure: bool) -> Rates | None:
     """The rates of this machine for a recipe: those of an earlier measurement, else measured if asked to; None without."""
-    from compress.work import cached_rates, computes_on_cpu, keep_rates
+    from compress.work import cached_rates, computes_on_cpu
 
     if not computes_on_cpu(recipe.device) or recipe.dtype != "float32":
         return None
     if not measure:
         return cached_rates()
-    from compress.blockwise.rates import measure_rates
+    from compress.blockwise.rates import kept_rates
 
     with progress(False) as shown:
-        rates = measure_rates(shown)
-    keep_rates(rates)
-    return rates
+        return kept_rates(shown)
 
 
 def _existing(path: Path) -> Path:
