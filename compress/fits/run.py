@@ -10,11 +10,13 @@ from typing import TYPE_CHECKING, Any
 
 from compress.architectures.model_map import model_map
 from compress.checkpoint.open import open_checkpoint
+from compress.data.batches import Batches
 from compress.errors import CompressError, DataError
 from compress.evaluation.tasks import LANGUAGE, task_of
-from compress.files import place, write_atomically, write_record
+from compress.files import place, remove, write_atomically, write_record
 from compress.fits.families import Making, text
 from compress.fits.forecast import search_times
+from compress.fits.held_out import other_samples
 from compress.fits.page import render_fit
 from compress.fits.rank import Ranked
 from compress.fits.search import PlannedBytes, Search
@@ -43,7 +45,7 @@ _OF_TRIALS = (
     "model", "store", "seed", "device", "dtype", "max_ram", "max_vram", "threads", "document_separator", "data",
     "trust_remote_code", "ignore_auto_map", "allow_links", "offline",
 )  # fmt: skip
-#: Share of the calibration samples that no pass sees, and how many at most.
+#: Samples that no pass sees, as a share of the calibration samples, and how many at most.
 _HELD_OUT, _MOST = 0.25, 24
 
 
@@ -114,8 +116,15 @@ def fit(
             f"✓ search: {took}, {trials.made} trials; {text(best.choice, original.spec)}, {best.bits:.2f} bits"
         )
     if only_search:
+        remove(trials.finished)
         return FitResult(document, file, None)
-    result = run_recipe(recipe_from_mapping(made), progress=progress, recipe_path=str(file), fresh=fresh)
+    shared = trials.finished if trials.finished.exists() else None  # the best finalist is the result where efforts agree
+    try:
+        result = run_recipe(
+            recipe_from_mapping(made), progress=progress, recipe_path=str(file), fresh=fresh, shared=shared
+        )
+    finally:
+        remove(trials.finished)
     return FitResult(document, file, result)
 
 
@@ -143,24 +152,31 @@ def _check(recipe: Recipe, original: Stored, settings: Bound, most: int, before:
 
 
 def _trials(recipe: Recipe, original: Stored, mapping: Mapping[str, Any], path: Path) -> tuple[TrialRunner, int]:
-    """The runner of trials, and the number of their calibration samples; the others are held out."""
+    """The runner of trials, and the number of their calibration samples; others are held out."""
     from safetensors.torch import save_file
 
     assert original.folder is not None
     data = DataSets(recipe, original.folder, original.spec.structure, model_map(original.spec).positions)
     ids = data.batches("calibration").ids
-    held = min(_MOST, max(1, round(_HELD_OUT * len(ids))))
     if len(ids) < 4:
         raise DataError(
             f"there are {len(ids)} calibration samples, and a search takes 4 at least", where="data.calibration"
         )
+    count = min(_MOST, max(1, round(_HELD_OUT * len(ids))))
+    held = other_samples(data, ids, count)
+    if own := held is not None:
+        samples = {"calibration": ids, "held_out": held}
+    else:
+        samples = {"calibration": ids[:-count].contiguous(), "held_out": ids[-count:].contiguous()}
     file = path / "samples.safetensors"
-    save_file({"calibration": ids[:-held].contiguous(), "held_out": ids[-held:].contiguous()}, file)
+    save_file(samples, file)
     identity = hash_input(original, path / "inputs.json") + data.fingerprint("calibration")
+    identity += Batches(samples["held_out"]).sha256()
     identity += data.fingerprint("training") if recipe.data.training is not None else ""
     base = {key: mapping[key] for key in _OF_TRIALS if key in mapping}
-    held_out = SampleSize(held, ids.shape[1])
-    return TrialRunner(path, base, identity, file, resolve_device(recipe.device), held_out), len(ids) - held
+    held_out = SampleSize(count, ids.shape[1])
+    runner = TrialRunner(path, base, identity, file, resolve_device(recipe.device), held_out, own=own)
+    return runner, len(samples["calibration"])
 
 
 def _recipe(mapping: Mapping[str, Any], search: Search, best: Ranked, recipe: Recipe) -> dict[str, Any]:

@@ -193,7 +193,7 @@ class Search:
         chosen = finalists(ranking, self.settings.finalists, lambda one: self._planned(one, making))
         for number, one in enumerate(chosen, 1):
             self._say(f"finalist {number} of {len(chosen)}: {text(one.choice, self.spec)}, {one.bits:.2f} bits")
-            tried = self.trials.run(self.entries(one.choice, making), self.samples)
+            tried = self.trials.run(self.entries(one.choice, making), self.samples, finalist=True)
             if tried.refused is None:
                 self._say(f"  {tried.divergence:.4f} nats per token, {one.divergence:.4f} expected")
                 done.append((one, tried))

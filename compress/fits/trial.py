@@ -47,7 +47,8 @@ def _tried(asked: dict[str, Any]) -> dict[str, Any]:
     from compress.recipe import recipe_from_mapping
 
     recipe = recipe_from_mapping(asked["recipe"])
-    done = run(recipe, progress=SilentProgress())
+    shared = None if asked["shared"] is None else Path(asked["shared"])
+    done = run(recipe, shared=shared, progress=SilentProgress())
     size = done.report["result"]["size"]["bytes"]
     measured = {"bytes": size, "divergences": divergences(asked, done.checkpoint)}
     shutil.rmtree(done.checkpoint)

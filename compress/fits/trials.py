@@ -47,6 +47,7 @@ class TrialRunner:
         path: folder of the search. base: the recipe's keys but passes and output. identity: of the model and the samples.
         samples: file of token ids, `calibration` and `held_out`. device: of the computation.
         held_out: number and length of the samples that trials are measured on. made: number of trials that were not read.
+        own: whether `calibration` holds the samples that the recipe itself draws, all of them.
     """
 
     path: Path
@@ -56,16 +57,25 @@ class TrialRunner:
     device: str
     held_out: SampleSize
     made: int = 0
+    own: bool = False
 
-    def run(self, passes: list[dict[str, Any]], count: int) -> Tried:
+    @property
+    def finished(self) -> Path:
+        """Stages of finalists, which the run of the result takes."""
+        return self.path / "finished"
+
+    def run(self, passes: list[dict[str, Any]], count: int, *, finalist: bool = False) -> Tried:
         """Measure what passes cost, calibrated on ``count`` samples.
+
+        Args:
+            finalist: with the samples of the recipe itself, where ``own``, and its stages are kept.
 
         Raises:
             ResourceError: the process was killed or ran out of memory. CompressError: it ended in another way.
         """
         record = self._record(passes, count)
         if (known := read_record(record, _TRIAL)) is None:
-            known = self._run(passes, count, record.stem)
+            known = self._run(passes, count, record.stem, finalist=finalist and self.own)
             record.parent.mkdir(parents=True, exist_ok=True)
             write_record(record, _TRIAL, known)
             self.made += 1
@@ -87,7 +97,7 @@ class TrialRunner:
         key = fingerprint([self.identity, passes, count, versions()])[:24]
         return self.path / "trials" / f"{key}.json"
 
-    def _run(self, passes: list[dict[str, Any]], count: int, key: str) -> dict[str, Any]:
+    def _run(self, passes: list[dict[str, Any]], count: int, key: str, *, finalist: bool) -> dict[str, Any]:
         work = self.path / "work" / key
         for other in work.parent.glob("*") if work.parent.exists() else ():
             if other != work:  # of a trial that was stopped and is asked for no more
@@ -95,7 +105,11 @@ class TrialRunner:
         work.mkdir(parents=True, exist_ok=True)
         job, result = work / "job.json", work / "result.json"
         recipe = self.recipe(passes, count, work / "out")
-        job.write_text(json.dumps({"recipe": recipe, "samples": str(self.samples), "device": self.device}))
+        if finalist:
+            recipe["data"] = {k: v for k, v in self.base["data"].items() if k != "evaluation"}
+        shared = str(self.finished) if finalist else None
+        asked = {"recipe": recipe, "samples": str(self.samples), "device": self.device, "shared": shared}
+        job.write_text(json.dumps(asked))
         result.unlink(missing_ok=True)
         done = subprocess.Popen(
             [sys.executable, "-m", "compress.fits.trial", str(job), str(result)],

@@ -53,6 +53,9 @@ def test_a_search_keeps_its_bound_and_its_recipe_runs(recipe, tmp_path):
     assert measured == sorted(measured)
     assert document["chosen"] == document["finalists"][0]["choice"] | {"bits": document["finalists"][0]["bits"]}
     assert [row["family"] for row in document["paid"]] == [*document["finalists"][0]["choice"], "bits"]
+    assert [stage["reused"] for stage in made.run.report["stages"]] == [True]  # the best finalist is the result
+    assert size == document["finalists"][0]["bytes"]
+    assert not (tmp_path / "out.fit" / "finished").exists()
     assert compress.run(made.recipe).nothing_to_do
     again = compress.fit(recipe, only_search=True).document
     assert (again["trials"], again["chosen"]) == (0, document["chosen"])
