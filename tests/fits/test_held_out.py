@@ -10,6 +10,7 @@ from compress.checkpoint.open import open_headers
 from compress.fits.held_out import other_samples
 from compress.pipeline.datasets import DataSets
 from compress.recipe import recipe_from_mapping
+from tests import pico
 
 
 def _data(folder, calibration):
@@ -30,8 +31,8 @@ def _runs(rows, size=13):
     return {tuple(row[i : i + size]) for row in rows.tolist() for i in range(len(row) - size + 1)}
 
 
-def test_other_samples_share_no_passage_with_the_calibration(folders, texts):
-    data = _data(folders["llama"], {"files": [str(texts[0])], "samples": 12, "length": 32})
+def test_other_samples_share_no_passage_with_the_calibration(texts):
+    data = _data(pico.folder("llama"), {"files": [str(texts[0])], "samples": 12, "length": 32})
     ids = data.batches("calibration").ids
     held = other_samples(data, ids, 3)
     assert held.shape == (3, 32)
@@ -49,8 +50,8 @@ def test_other_samples_of_token_ids_are_the_rows_after(folders, tmp_path, rows, 
     assert held is None if expected is None else torch.equal(held, ids[expected])
 
 
-def test_a_text_that_is_used_up_gives_no_other_samples(folders, tmp_path, texts):
+def test_a_text_that_is_used_up_gives_no_other_samples(tmp_path, texts):
     (short := tmp_path / "short.txt").write_text(texts[0].read_text()[:2500])
-    data = _data(folders["llama"], {"files": [str(short)], "samples": 4, "length": 32})
+    data = _data(pico.folder("llama"), {"files": [str(short)], "samples": 4, "length": 32})
     ids = data.batches("calibration").ids
     assert other_samples(data, ids, len(ids) * 20) is None

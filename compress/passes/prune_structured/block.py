@@ -5,7 +5,7 @@ The block keeps its shape: removed units are zero, which computes the same as a 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -18,6 +18,7 @@ from compress.blockwise.linears import TargetLinear
 from compress.blockwise.probe import ProbeFn
 from compress.blockwise.reconstruct import Reconstruction, reconstruct_block, trainable_floats
 from compress.blockwise.results import TensorExtras
+from compress.passes.prune_structured.gaps import fill_gap
 from compress.passes.prune_structured.kv_heads import merge_heads
 from compress.solvers.obs import keep_by_score, least_squares, obs_prune_groups
 
@@ -35,6 +36,7 @@ class WidthOptions:
         compensate: solve the remaining weights by least squares.
         reconstruction: reconstruction of each block afterwards; None for none.
         scores: for `taylor`, importance of each unit by the name of the module that reads it.
+        gaps: blocks after which others were removed, to compensate for by least squares.
     """
 
     units: Mapping[int, Sequence[tuple[PrunableGroup, int]]]
@@ -43,6 +45,7 @@ class WidthOptions:
     compensate: bool
     reconstruction: Reconstruction | None
     scores: Mapping[str, Sequence[float]] = field(default_factory=dict)
+    gaps: Collection[int] = ()
 
 
 def prune_block_width(block: Block, options: WidthOptions) -> dict[str, TensorExtras]:
@@ -52,6 +55,8 @@ def prune_block_width(block: Block, options: WidthOptions) -> dict[str, TensorEx
     kept, relative output error) and, with reconstruction, the block's error before and after.
     """
     zeros, projections = _removed(block, options)
+    if block.index in options.gaps and (filled := fill_gap(block)) is not None:
+        block.details["gap"] = filled
     if options.reconstruction is not None and options.reconstruction.epochs:
         masks = [(linear.weight, ~mask) for linear in block.linears if (mask := block.earlier_mask(linear)) is not None]
 

@@ -52,7 +52,7 @@ class PruneStructured(Pass[PruneStructuredSettings]):
     source: ClassVar[str] = (
         "obs: Optimal Brain Surgeon in groups, as in ZipLM, arXiv 2302.04089; activation: Minitron, arXiv 2407.14679; taylor: "
         "arXiv 1906.10771; block_influence: ShortGPT, arXiv 2403.03853; contiguous blocks: arXiv 2403.17887; experts: REAP, "
-        "arXiv 2510.13999; KV heads: arXiv 2412.20677; block reconstruction: BRECQ, arXiv 2102.05426"
+        "arXiv 2510.13999; KV heads: arXiv 2412.20677; in front of removed blocks: ReplaceMe, arXiv 2505.02819; block reconstruction: BRECQ, arXiv 2102.05426"
     )
 
     def required_data(self, settings: PruneStructuredSettings) -> frozenset[str]:
@@ -108,7 +108,8 @@ class PruneStructured(Pass[PruneStructuredSettings]):
         tuned = settings.compensation == "reconstruction"
         biased = any(f"{spec.tensors[name].module}.bias" in spec.tensors for name in names)
         solver = OBS_WITH_BIAS if biased else OBS
-        teacher = spec if tuned and _has_teacher(settings) else None
+        filled = settings.layers is not None and settings.compensation != "none"
+        teacher = spec if (tuned and _has_teacher(settings)) or filled else None
         reconstruction: Literal["floats"] | None = "floats" if tuned else None
         runner = runner_memory(spec, names, width, solver, reconstruction=reconstruction, teacher=teacher)
         if tuned and trains_predictions(spec, settings.reconstruction_target):
@@ -240,9 +241,7 @@ def _sweeps(settings: PruneStructuredSettings) -> bool:
     by_inputs = (widths and settings.importance in ("obs", "activation")) or (
         others and settings.importance != "magnitude"
     )
-    repaired = settings.compensation == "reconstruction" or (
-        settings.compensation == "least_squares" and any(getattr(settings, kind) is not None for kind in KINDS[1:])
-    )
+    repaired = settings.compensation != "none" and any(getattr(settings, kind) is not None for kind in KINDS)
     return settings.searched or settings.experts is not None or by_inputs or repaired
 
 

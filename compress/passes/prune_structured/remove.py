@@ -142,7 +142,8 @@ def narrow(
     narrower = any(planned.remove.values()) or bool(planned.merges)
     changed_before = any(part is not None for part in (channels, settings.active_experts, settings.experts))
     tuned = settings.compensation == "reconstruction"
-    if not narrower and not tuned:
+    gaps = [] if settings.compensation == "none" else _before_gaps(spans)
+    if not narrower and not tuned and not gaps:
         return current
     scores = _gradients(current, planned, settings, context) if narrower else {}
     by_weights = settings.importance == "magnitude" or (bool(scores) and not planned.merges)
@@ -151,14 +152,23 @@ def narrow(
     first = 0 if narrower or changed_before else next((j for j, end in enumerate(spans) if end != j + 1), len(spans))
     members = {f"{m.module}.weight" for units in planned.remove.values() for one, _ in units for m in one.members}
     members |= {f"{m.module}.weight" for merge in planned.merges.values() for m in merge.members}
-    names = {x.name for x in _layers(current) if (x.block or 0) >= first} if tuned else members
+    if tuned:
+        names = {x.name for x in _layers(current) if (x.block or 0) >= first}
+    else:
+        names = members | {x.name for x in _layers(current) if x.block in gaps}
     if not names:
         return current
     teacher = None
-    if tuned and current is not original:
+    if (tuned or gaps) and current is not original:
         teacher = Teacher(original, spans, channels)
     runner = open_runner(
-        current, names, context, workspace=context.workspace, with_targets=tuned, teacher=teacher, leave=names - members
+        current,
+        names,
+        context,
+        workspace=context.workspace,
+        with_targets=tuned or bool(gaps),
+        teacher=teacher,
+        leave=names - members,
     )
     reconstruction = None
     if tuned:
@@ -166,8 +176,9 @@ def narrow(
         reconstruction = Reconstruction(
             settings.reconstruction_epochs, settings.reconstruction_lr, predictions=predictions
         )
+    compensate = settings.compensation != "none"
     options = WidthOptions(
-        planned.remove, planned.merges, settings.importance, settings.compensation != "none", reconstruction, scores
+        planned.remove, planned.merges, settings.importance, compensate, reconstruction, scores, gaps
     )
     result = runner.run(lambda block: prune_block_width(block, options), "removing units" if narrower else "repairing")
     kept = {row["block"]: row.pop("kept", {}) for row in result.details}
@@ -177,6 +188,12 @@ def narrow(
         return repaired
     chosen = [(one, kept[index][one.name]) for index, units in planned.remove.items() for one, _ in units]
     return slicing.narrow(repaired, [*chosen, *planned.merged()], planned)
+
+
+def _before_gaps(spans: Sequence[int]) -> list[int]:
+    """The remaining blocks that stand for more than one of the original's."""
+    starts = [0, *spans]
+    return [block for block, end in enumerate(spans) if end - starts[block] > 1]
 
 
 def _gradients(

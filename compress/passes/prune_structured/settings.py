@@ -150,7 +150,8 @@ class PruneStructuredSettings(PassSettings):
     compensation: Literal["reconstruction", "least_squares", "none"] = Field(
         default_factory=EFFORTS.of("compensation"),
         description="How the kept weights compensate for removed units. `least_squares`: solve for the weights that read "
-        "the kept units, towards the original outputs. `reconstruction`: do that, then train each block towards the "
+        "the kept units, towards the original outputs, and for the last matrix in front of removed blocks (ReplaceMe, arXiv "
+        "2505.02819). `reconstruction`: do that, then train each block towards the "
         "original block's output (BRECQ, arXiv 2102.05426). Both read calibration data. `none`: leave them unchanged.",
     )
     reconstruction_epochs: int = Field(

@@ -16,6 +16,8 @@ from compress.work import Work
 if TYPE_CHECKING:
     from compress.passes.prune_structured.settings import PruneStructuredSettings
 
+#: Equations that `solvers.ridge` solves for a matrix, at most.
+RIDGES = 7
 #: Steps in which `solvers.obs` removes the units of a matrix at most.
 _STEPS = 256
 
@@ -27,7 +29,7 @@ def structured_work(spec: Spec, settings: PruneStructuredSettings, size: SampleS
         return None
     if size is None or not model_map(spec).known:
         return None
-    result, whole, smaller = Work(), spec, spec
+    result, whole, smaller, count = Work(), spec, spec, 0
     if settings.layers is not None:
         depth = model_map(spec).depth
         count = widths.layers_to_drop(depth, settings.layers, settings.allow_noop)
@@ -35,8 +37,9 @@ def structured_work(spec: Spec, settings: PruneStructuredSettings, size: SampleS
             result.add_all(_choice(spec, count, settings.layer_importance, size))
         smaller, _ = resize.without_blocks(spec, range(depth - count, depth))
     result.add_all(_narrowing(smaller, settings, size))
-    if settings.layers is not None and settings.compensation == "reconstruction":
+    if settings.layers is not None and settings.compensation != "none":
         result.add_all(model_work(whole, size))  # the original's hidden states, which blocks are repaired towards
+        result.add_all(_gaps(smaller, count, size))
     return result
 
 
@@ -58,6 +61,21 @@ def _choice(spec: Spec, count: int, importance: str, size: SampleSize) -> Work:
     return result
 
 
+def _gaps(spec: Spec, count: int, size: SampleSize) -> Work:
+    """Work of least squares in front of so many removed blocks, none of them neighbours."""
+    result, mapped = Work(), model_map(spec)
+    if not mapped.depth:
+        return result
+    block = mapped.blocks[0]
+    last = next((x for x in reversed(block.linears) if x.expert is None), None)
+    if last is not None:
+        result.add_all(model_work(spec, size, count / mapped.depth))
+        result.add("product", last.I, last.I, float(count * size.tokens))
+        result.add("product", last.I, last.O, float(count * size.tokens))
+        result.add("least_squares", last.O, last.I, float(RIDGES * count))
+    return result
+
+
 def _narrowing(spec: Spec, settings: PruneStructuredSettings, size: SampleSize) -> Work:
     """Work of removing neurons and heads, and of the repair of blocks."""
     planned = widths.widths(spec, settings)
@@ -66,6 +84,8 @@ def _narrowing(spec: Spec, settings: PruneStructuredSettings, size: SampleSize) 
     merged = {f"{merge.output.module}.weight" for merge in planned.merges.values()}
     result, kinds = Work(), len({one.kind for one, _ in readers.values()}) + 3 * bool(merged)
     if not readers and not merged and not tuned:
+        if settings.layers is not None and settings.compensation != "none":
+            result.add_all(runner_work(spec, set(), size, (), factor=None))
         return result
     if settings.importance == "taylor" and readers:
         result.add_all(model_work(spec, size, 1 + BACK_WITH_WEIGHTS))

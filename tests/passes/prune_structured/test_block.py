@@ -144,10 +144,20 @@ def test_compensation_covers_a_removed_block(tmp_path):
     folder = pico.save(tmp_path / "in", "llama", with_tokenizer=False)
     original = open_checkpoint(folder)
     errors, details = {}, {}
-    for compensation in ("none", "reconstruction"):
+    for compensation in ("none", "least_squares", "reconstruction"):
         details = {}
         out = smaller(original, tmp_path / compensation, details=details, layers=[2], compensation=compensation)
         errors[compensation] = error(out.folder, folder)
+        if compensation == "least_squares":
+            gap = details["blocks"][1]["gap"]
+            assert gap["matrix"] == "model.layers.1.mlp.down_proj.weight"
+            assert gap["after"] < gap["before"]
+            assert [row["block"] for row in details["blocks"] if "gap" in row] == [1]
+            for name in out.spec.tensors:
+                kept = name.replace("layers.2.", "layers.3.")  # the last block moves up
+                same = torch.equal(out.tensor(name).data, original.tensor(kept).data)
+                assert same == (name != gap["matrix"]), name
+    assert errors["least_squares"] < errors["none"]
     assert errors["reconstruction"] < 0.9 * errors["none"]
     tuned = [row["block"] for row in details["blocks"] if "tuning" in row]
     assert tuned == [1, 2]  # block 0 has nothing to make up for
