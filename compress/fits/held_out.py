@@ -28,7 +28,8 @@ def other_samples(data: DataSets, ids: torch.Tensor, count: int) -> torch.Tensor
         None where the text gives no such samples, or samples are padded.
     """
     recipe, section = data.recipe, data.recipe.data.calibration
-    assert section is not None and data.structure is not None
+    assert section is not None
+    assert data.structure is not None
     by_row = bool(section.files) and holds_ids(section.files[0])
     wanted = len(ids) + count if by_row else _DRAWN * count
     try:

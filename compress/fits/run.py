@@ -115,17 +115,17 @@ def fit(
         progress.message(
             f"✓ search: {took}, {trials.made} trials; {text(best.choice, original.spec)}, {best.bits:.2f} bits"
         )
-    if only_search:
-        remove(trials.finished)
-        return FitResult(document, file, None)
-    shared = trials.finished if trials.finished.exists() else None  # the best finalist is the result where efforts agree
     try:
-        result = run_recipe(
-            recipe_from_mapping(made), progress=progress, recipe_path=str(file), fresh=fresh, shared=shared
-        )
+        result = None if only_search else _result(made, file, trials.finished, progress, fresh)
     finally:
         remove(trials.finished)
     return FitResult(document, file, result)
+
+
+def _result(made: Mapping[str, Any], file: Path, finished: Path, progress: Progress, fresh: bool) -> RunResult:
+    """The run of the best combination's recipe; the best finalist is its stage where their efforts agree."""
+    shared = finished if finished.exists() else None
+    return run_recipe(recipe_from_mapping(made), progress=progress, recipe_path=str(file), fresh=fresh, shared=shared)
 
 
 def _check(recipe: Recipe, original: Stored, settings: Bound, most: int, before: int) -> None:

@@ -9,7 +9,7 @@ from typing import Self
 
 from compress.planning import Plan, PlannedStage
 from compress.progress import Progress, ProgressTask
-from compress.work import Rates, Work, cached_rates, computes_on_cpu, minutes_text, rough_seconds
+from compress.work import Work, cached_rates, computes_on_cpu, minutes_text, rough_seconds
 
 #: Seconds that a stage must take, by a rough guess, for this machine to be measured first.
 _WORTH = 60.0

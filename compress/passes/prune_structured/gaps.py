@@ -106,13 +106,14 @@ class _Sums:
 
 
 def _sums(block: Block, linear: TargetLinear, factor: float) -> _Sums:
-    """Sums over all samples of the linear's inputs times a factor, with 1 for its bias, and of what the block's output lacks."""
+    """Sums over all samples of the linear's inputs times a factor, 1 for its bias, and of what the block's output lacks."""
     assert block.targets is not None
-    device, (O, I), biased = block.view.device, linear.weight.shape, _bias(linear) is not None
-    fit, held = (RegressionSums.empty(O, I + biased, hessian_dtype(I), device) for _ in range(2))
+    device, biased = block.view.device, _bias(linear) is not None
+    outputs, width = linear.weight.shape
+    fit, held = (RegressionSums.empty(outputs, width + biased, hessian_dtype(width), device) for _ in range(2))
     inputs: list[torch.Tensor] = []
     handle = linear.module.register_forward_pre_hook(lambda module, args: inputs.append(first_value(args)))
-    total, squares = torch.zeros(O, dtype=torch.float64, device=device), 0.0
+    total, squares = torch.zeros(outputs, dtype=torch.float64, device=device), 0.0
     try:
         with torch.no_grad():
             for rows in block.view.batches():
@@ -121,7 +122,9 @@ def _sums(block: Block, linear: TargetLinear, factor: float) -> _Sums:
                         continue
                     output, target = block.forward(part, block.read_inputs(part)), block.targets.read(part).to(device)
                     masks = block.token_masks(part)
-                    missing, wanted = (counted(t.reshape(-1, O), masks).float() for t in (target - output, target))
+                    missing, wanted = (
+                        counted(t.reshape(-1, outputs), masks).float() for t in (target - output, target)
+                    )
                     x_TI = factor * counted(linear.rows(inputs.pop()), masks).float()
                     sums.add(torch.cat([x_TI, x_TI.new_full((len(x_TI), biased), factor)], 1), missing)
                     total += wanted.double().sum(0)

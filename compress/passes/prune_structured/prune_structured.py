@@ -52,7 +52,8 @@ class PruneStructured(Pass[PruneStructuredSettings]):
     source: ClassVar[str] = (
         "obs: Optimal Brain Surgeon in groups, as in ZipLM, arXiv 2302.04089; activation: Minitron, arXiv 2407.14679; taylor: "
         "arXiv 1906.10771; block_influence: ShortGPT, arXiv 2403.03853; contiguous blocks: arXiv 2403.17887; experts: REAP, "
-        "arXiv 2510.13999; KV heads: arXiv 2412.20677; in front of removed blocks: ReplaceMe, arXiv 2505.02819; block reconstruction: BRECQ, arXiv 2102.05426"
+        "arXiv 2510.13999; KV heads: arXiv 2412.20677; in front of removed blocks: ReplaceMe, arXiv 2505.02819; block "
+        "reconstruction: BRECQ, arXiv 2102.05426"
     )
 
     def required_data(self, settings: PruneStructuredSettings) -> frozenset[str]:
