@@ -9,6 +9,7 @@ import subprocess
 import sys
 
 import pytest
+import torch
 from safetensors.torch import load_file
 
 from compress.checkpoint.open import open_checkpoint
@@ -299,6 +300,22 @@ def test_world_of_two_removes_the_same_units(tmp_path):
     for name, value in one.items():
         difference = float((value - two[name]).square().sum() / value.square().sum())
         assert difference < 0.01, (name, difference)
+
+
+@pytest.mark.slow
+def test_world_of_two_fills_the_same_gap(tmp_path):
+    """The last matrix in front of a removed block, and its bias, up to the order of sums; Conv1D shapes it [I, O]."""
+    folder = pico.save(tmp_path / "in", "gpt2", with_tokenizer=False)
+    settings = UNITS.index("layers="), UNITS.index(")\ncontext")
+    script = f"{UNITS[: settings[0]]}layers=[1], effort='fast'{UNITS[settings[1] :]}"
+    for count in (1, 2):
+        world(script, tmp_path, folder, count=count)
+    one, two = (load_file(tmp_path / f"out{n}" / "model.safetensors") for n in (1, 2))
+    before = load_file(folder / "model.safetensors")
+    changed = {name for name in one if ".h.0." in name and not torch.equal(one[name], before[name])}
+    assert {name.split(".h.0.")[1] for name in changed} == {"mlp.c_proj.weight", "mlp.c_proj.bias"}
+    for name in one:
+        torch.testing.assert_close(one[name], two[name], rtol=1e-3, atol=1e-4)
 
 
 @pytest.mark.slow

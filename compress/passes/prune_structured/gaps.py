@@ -46,14 +46,16 @@ def fill_gap(block: Block) -> dict[str, Any] | None:
         return D_OI
 
     change_OI, row = ridge_change(sums.fit, sums.held, project), None
-    if change_OI is not None:
+    processes = block.view.processes
+    if processes.broadcast_object(0, change_OI is not None):
+        change_OI = torch.zeros_like(sums.fit.C_OI) if change_OI is None else change_OI
+        processes.broadcast(0, change_OI)
         before, after = sums.fit.energy + sums.held.energy, sums.fit.left(change_OI) + sums.held.left(change_OI)
         row = {"matrix": linear.name, "before": before / sums.variance, "after": after / sums.variance}
         change_OI = change_OI.to(linear.weight.dtype)
         linear.weight.add_(change_OI[:, : linear.weight.shape[1]])
         if bias is not None:
             bias.add_(change_OI[:, -1])
-    block.view.processes.broadcast(0, linear.weight, *([] if bias is None else [bias]))
     return row
 
 
