@@ -33,6 +33,19 @@ class ReconstructionDetails(TypedDict):
     seconds: float
 
 
+class GapDetails(TypedDict):
+    """Ridge regression in front of removed blocks.
+
+    Attributes:
+        matrix: the last one of the block. before, after: squared difference to the original's hidden states behind the gap,
+            over their variance.
+    """
+
+    matrix: str
+    before: float
+    after: float
+
+
 class ExpertCounts(TypedDict):
     """Calibration tokens of a block, and how many of them reached each expert, by the expert's name."""
 
@@ -44,13 +57,15 @@ class BlockDetails(TypedDict):
     """One block that was changed.
 
     Attributes:
-        tensors: its matrices by name. tuning: its reconstruction. experts: tokens by expert.
+        tensors: its matrices by name. gap: what it takes over of removed blocks. tuning: its reconstruction. experts: tokens
+            by expert.
         kept, saliency, importance, outliers, divergence, energies, router_mass: results that a pass reads and removes.
     """
 
     block: int
     seconds: NotRequired[float]
     tensors: NotRequired[dict[str, MatrixDetails]]
+    gap: NotRequired[GapDetails]
     tuning: NotRequired[ReconstructionDetails]
     experts: NotRequired[ExpertCounts]
     kept: NotRequired[Any]

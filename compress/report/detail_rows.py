@@ -34,6 +34,19 @@ def block_rows(details: PassDetails) -> list[tuple[str, ...]]:
     return rows
 
 
+def gap_rows(details: PassDetails) -> list[tuple[str, ...]]:
+    """A row per block in front of removed ones: the matrix that takes over a part of them, and errors."""
+    return [
+        (
+            str(block["block"]),
+            inside_block(gap["matrix"], block["block"]),
+            f"{fixed(gap['before'], 4)} ▶ {fixed(gap['after'], 4)}",
+        )
+        for block in details.get("blocks", ())
+        if (gap := block.get("gap")) is not None
+    ]
+
+
 def inside_block(matrix: str, block: int) -> str:
     """Name of a matrix inside its block."""
     name = matrix.removesuffix(".weight")

@@ -15,6 +15,7 @@ from compress.passes.details import SECTIONS, LatentDetails, PassDetails, Traini
 from compress.report.detail_rows import (
     block_rows,
     format_rows,
+    gap_rows,
     shape_rows,
     sharing_error,
     sharing_rows,
@@ -62,7 +63,7 @@ def sections(row: Mapping[str, Any], picture: str) -> list[Section]:
     if "training" in details:
         made.append(_training(details["training"], name, picture))
     made += [*_removals(name, details), *_formats(name, details), *_shapes(name, details), *_sharing(name, details)]
-    made += _windows(name, details)
+    made += [*_gaps(name, details), *_windows(name, details)]
     return [*made, *_latent(name, details), *_experts(name, details), *_blocks(name, details)]
 
 
@@ -176,6 +177,12 @@ def _experts(name: str, details: PassDetails) -> list[Section]:
         f"an expert, {TIMES} N tokens likely do."
     )
     return [Section(f"`{name}`. {text}", head, rows, right=(0, 3, 4, 5))]
+
+
+def _gaps(name: str, details: PassDetails) -> list[Section]:
+    rows = gap_rows(details)
+    text = "The last matrix in front of removed blocks takes over a part of them. Error of the block's output before ▶ after."
+    return [Section(f"`{name}`. {text}", ("block", "matrix", "error"), rows, right=(0,))] if rows else []
 
 
 def _blocks(name: str, details: PassDetails) -> list[Section]:

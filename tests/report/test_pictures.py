@@ -77,6 +77,14 @@ def test_depth_is_a_table_with_the_losses_of_each_round():
     assert section.rows == [("0", "5.2000 (4)", "6.0000 (4)", ""), ("1", "0.2500 (8)", "", "removed")]
 
 
+def test_a_gap_is_a_row_with_its_matrix_and_errors():
+    gap = {"matrix": "model.layers.15.mlp.down_proj.weight", "before": 0.41, "after": 0.2049}
+    details = {"removed_blocks": [16], "blocks": [{"block": 3, "seconds": 1.0}, {"block": 15, "gap": gap}]}
+    (section,) = sections({"name": "prune_structured", "details": details}, "")[1:]
+    assert "in front of removed blocks" in section.text
+    assert section.rows == [("15", "mlp.down_proj", "0.4100 ▶ 0.2049")]
+
+
 def test_main_picture_has_a_point_per_measured_step_and_a_bar_per_step(finished):
     root = ElementTree.fromstring(reports.render_main_picture(finished.report))
     assert [len(line) for line in points(root)] == [2]  # one measurement of a fused stage

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from compress.blockwise.block import Block
+from compress.blockwise.details import GapDetails
 from compress.blockwise.hessians import counted, hessian_dtype
 from compress.blockwise.linears import TargetLinear, first_value
 from compress.solvers.ridge import RegressionSums, ridge_change
@@ -26,7 +27,7 @@ _HELD_OUT = 8
 _LOST = 1e-2
 
 
-def fill_gap(block: Block) -> dict[str, Any] | None:
+def fill_gap(block: Block) -> GapDetails | None:
     """Add to the last matrix of a block, and to its bias, what lowers the squared difference to ``block.targets``.
 
     Returns:
@@ -45,7 +46,8 @@ def fill_gap(block: Block) -> dict[str, Any] | None:
             D_OI[:, : mask.shape[1]].masked_fill_(~mask, 0)
         return D_OI
 
-    change_OI, row = ridge_change(sums.fit, sums.held, project), None
+    change_OI = ridge_change(sums.fit, sums.held, project)
+    row: GapDetails | None = None
     processes = block.view.processes
     if processes.broadcast_object(0, change_OI is not None):
         change_OI = torch.zeros_like(sums.fit.C_OI) if change_OI is None else change_OI
