@@ -63,7 +63,7 @@ def outputs(model: Any, ids: torch.Tensor) -> torch.Tensor:
     return torch.cat(logits, 1)
 
 
-@pytest.mark.parametrize("family", pico.families([*families.args[1], *NEURONS], tier=("falcon", "glm")))
+@pytest.mark.parametrize("family", pico.families([*FAMILIES, *NEURONS], tier=("falcon", "glm")))
 def test_neurons_that_go_equal_neurons_that_are_zero(family, tmp_path):
     before = save(family, tmp_path / "in")
     compress.apply("prune_structured", before, tmp_path / "out", mlp=0.25, **DATA_FREE)
