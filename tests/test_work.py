@@ -56,13 +56,29 @@ def test_rates_are_cached_by_machine_and_damaged_ones_are_not_read(tmp_path, mon
     assert cached_rates() is None
 
 
-@pytest.mark.parametrize(("threads", "others", "kept"), [(2, 0.0, True), (2, 1e6, False), (1, 1e6, True)])
-def test_rates_that_other_processes_falsify_are_not_kept(tmp_path, monkeypatch, threads, others, kept):
+@pytest.mark.parametrize(
+    ("threads", "others", "measured", "kept"),
+    [
+        (2, [0, 0, 0, 0], 2, True),
+        (2, [0, 1e6, 0, 0], 1, False),  # found busy before
+        (2, [0, 0, 0, 1e6], 2, False),  # and only while measuring
+        (1, [0, 1e6], 1, True),
+    ],
+)
+def test_rates_that_other_processes_falsify_are_not_kept(tmp_path, monkeypatch, threads, others, measured, kept):
+    used = [threads]
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.setattr(blockwise_rates, "measure_rates", lambda progress: ROUGH)
-    monkeypatch.setattr(blockwise_rates, "_others_seconds", iter([0.0, others]).__next__)
-    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: used[-1])
+    monkeypatch.setattr(torch, "set_num_threads", used.append)
+    monkeypatch.setattr(blockwise_rates, "_others_seconds", iter(others).__next__)
+
+    def measure(progress):
+        assert used[-1] == measured
+        return ROUGH
+
+    monkeypatch.setattr(blockwise_rates, "measure_rates", measure)
     assert blockwise_rates.kept_rates(SilentProgress()) == ROUGH
+    assert used[-1] == threads
     assert cached_rates() == (ROUGH if kept else None)
 
 

@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from functools import partial
 from itertools import combinations
 from pathlib import Path
+from typing import Any
 
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
@@ -53,19 +54,37 @@ SizeSeconds = tuple[int, int, float]
 
 #: Share of the cores that others may have while several threads are measured: threads wait for the slowest of them.
 _OTHERS = 0.1
+#: Seconds in which others are looked for before.
+_GLANCE = 0.3
 
 
 def kept_rates(progress: Progress) -> Rates:
-    """Measure the rates, and keep them for `cached_rates` unless other processes falsified them."""
-    start, others = time.perf_counter(), _others_seconds()
-    rates = measure_rates(progress)
-    cores = len(_own_cores())
-    share = (_others_seconds() - others) / (cores * (time.perf_counter() - start))
-    if torch.get_num_threads() > 1 and share > _OTHERS:
-        progress.message(f"other processes took {share:.0%} of {cores} cores: these rates are rough, and not kept")
+    """Measure the rates, and keep them for `cached_rates` unless other processes falsified them.
+
+    Where others have the cores, one thread is measured in place of several: its CPU seconds are right, if more than the rest.
+    """
+    threads = torch.get_num_threads()
+    busy = threads > 1 and _others_share(partial(time.sleep, _GLANCE))[0] > _OTHERS
+    if busy:
+        torch.set_num_threads(1)
+    try:
+        share, rates = _others_share(partial(measure_rates, progress))
+    finally:
+        torch.set_num_threads(threads)
+    if busy or (threads > 1 and share > _OTHERS):
+        progress.message(
+            f"other processes took {share:.0%} of {len(_own_cores())} cores: the times are rough, and not kept"
+        )
     else:
         keep_rates(rates)
     return rates
+
+
+def _others_share(work: Callable[[], Any]) -> tuple[float, Any]:
+    """Share of this process's cores that other processes had during some work, and its result."""
+    start, others = time.perf_counter(), _others_seconds()
+    result = work()
+    return (_others_seconds() - others) / (len(_own_cores()) * (time.perf_counter() - start)), result
 
 
 def _own_cores() -> set[int]:
