@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from functools import partial
 from itertools import combinations
 from pathlib import Path
-from typing import Any
+from typing import TypeVar
 
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
@@ -50,6 +50,7 @@ _FORMAT = QuantFormat("int4", 64)
 
 #: A size (O, I), and the seconds per time of the kind there.
 SizeSeconds = tuple[int, int, float]
+Measured = TypeVar("Measured")
 
 
 #: Share of the cores that others may have while several threads are measured: threads wait for the slowest of them.
@@ -80,7 +81,7 @@ def kept_rates(progress: Progress) -> Rates:
     return rates
 
 
-def _others_share(work: Callable[[], Any]) -> tuple[float, Any]:
+def _others_share(work: Callable[[], Measured]) -> tuple[float, Measured]:
     """Share of this process's cores that other processes had during some work, and its result."""
     start, others = time.perf_counter(), _others_seconds()
     result = work()
