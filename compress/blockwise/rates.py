@@ -50,7 +50,7 @@ _FORMAT = QuantFormat("int4", 64)
 
 #: A size (O, I), and the seconds per time of the kind there.
 SizeSeconds = tuple[int, int, float]
-Measured = TypeVar("Measured")
+_T = TypeVar("_T")
 
 
 #: Share of the cores that others may have while several threads are measured: threads wait for the slowest of them.
@@ -81,7 +81,7 @@ def kept_rates(progress: Progress) -> Rates:
     return rates
 
 
-def _others_share(work: Callable[[], Measured]) -> tuple[float, Measured]:
+def _others_share(work: Callable[[], _T]) -> tuple[float, _T]:
     """Share of this process's cores that other processes had during some work, and its result."""
     start, others = time.perf_counter(), _others_seconds()
     result = work()
