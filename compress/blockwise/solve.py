@@ -21,6 +21,20 @@ GroupInputs = tuple[list[TargetLinear], InputStatistics, InputMismatch | None, b
 class MatrixSolver(Protocol[S]):
     """Finds a solution of type ``S`` for each matrix of a block."""
 
+    def prepare(
+        self,
+        linears: Sequence[TargetLinear],
+        statistics: InputStatistics,
+        mismatch: InputMismatch | None,
+        shared: dict[str, Any],
+    ) -> None:
+        """Compute for matrices with the same inputs what is computed faster for all at once; may leave ``shared`` empty.
+
+        Args:
+            linears: those that `solve` gets next, one by one, with the same ``shared``.
+        """
+        return None
+
     def solve(
         self,
         linear: TargetLinear,
@@ -31,7 +45,7 @@ class MatrixSolver(Protocol[S]):
         """The solution for a matrix, and its row for the report. Changes nothing.
 
         Args:
-            shared: empty for the first matrix of a group; keeps what matrices with the same inputs share.
+            shared: as `prepare` left it for the first matrix of a group; keeps what matrices with the same inputs share.
         """
         ...
 
@@ -74,12 +88,15 @@ def solve_block(block: Block, groups: Iterable[GroupInputs], solver: MatrixSolve
     for group, statistics, mismatch, free in groups:
         shared: dict[str, Any] = {}
         workers = shared_out([linear.weight.shape[0] * linear.weight.shape[1] ** 2 for linear in group], loads)
-        for linear, worker in zip(group, workers, strict=True):
-            if worker == processes.rank:
-                start = time.perf_counter()
-                solutions[linear.name], row = solver.solve(linear, statistics, mismatch, shared)
-                report[linear.name] = row | {"seconds": round(time.perf_counter() - start, 3)}
-            waiting.append((linear, worker))
+        own = [linear for linear, worker in zip(group, workers, strict=True) if worker == processes.rank]
+        start = time.perf_counter()
+        solver.prepare(own, statistics, mismatch, shared)
+        prepared = (time.perf_counter() - start) / max(1, len(own))
+        for linear in own:
+            start = time.perf_counter()
+            solutions[linear.name], row = solver.solve(linear, statistics, mismatch, shared)
+            report[linear.name] = row | {"seconds": round(prepared + time.perf_counter() - start, 3)}
+        waiting += zip(group, workers, strict=True)
         if free:
             exchange()
             for linear, _ in waiting:

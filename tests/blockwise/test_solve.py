@@ -18,10 +18,13 @@ class Halve:
     def __init__(self):
         self.solved, self.placed, self.groups = [], [], []
 
+    def prepare(self, linears, statistics, mismatch, shared):
+        assert not shared
+        shared["next"] = [linear.name for linear in linears]
+        self.groups.append({linear.group for linear in linears})
+
     def solve(self, linear, statistics, mismatch, shared):
-        assert (shared == {}) == (linear.group not in self.groups[-1:])
-        shared["group"] = linear.group
-        self.groups.append(linear.group)
+        assert linear.name == shared["next"].pop(0)
         self.solved.append(linear.name)
         return linear.weight / 2, {"error": statistics.relative_error(linear.weight, linear.weight / 2)}
 
@@ -53,6 +56,7 @@ def test_solve_block_solves_and_places_each_matrix_once(measure, tmp_path):
     result = runner_of(checkpoint, tmp_path, with_targets=True).run(change, "halving")
     for solver in solvers:
         assert sorted(solver.solved) == sorted(solver.placed) == sorted(set(solver.solved))
+        assert all(len(group) == 1 for group in solver.groups)
     read = result.reader()
     assert all(torch.equal(read(name).data, checkpoint.tensor(name).data / 2) for name in matrices(checkpoint))
 

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -24,7 +23,7 @@ from compress.blockwise.reconstruct import (
     trainable_floats,
 )
 from compress.blockwise.results import TensorExtras, extras_by_tensor
-from compress.blockwise.solve import solve_block
+from compress.blockwise.solve import MatrixSolver, solve_block
 from compress.blockwise.spilled import SpilledByName
 from compress.checkpoint.values import Checkpoint, Codes, torch_dtype
 from compress.passes.base import Context
@@ -32,19 +31,12 @@ from compress.passes.blockwise import open_runner
 from compress.passes.cast.global_scales import GlobalScales
 from compress.passes.cast.plan import FINE
 from compress.passes.cast.settings import CastSettings
+from compress.passes.cast.solve import Case, compact, compensate_together, solve_matrix
 from compress.passes.cast.trellis import TrellisRounded, solve_trellis
 from compress.sensitivity.output_curvature import Gradients
-from compress.solvers.gptq import act_order_factor, asymmetric_target, gptq
-from compress.solvers.hessian import damped, damped_diagonal
-from compress.solvers.memory import parts_of
-from compress.solvers.quant_format import Scales, dequantize, fit, integer_codes, scaled, to_codes
-from compress.solvers.quantease import quantease
-from compress.solvers.yaqa import gptq_kronecker, kronecker_error, refitted, shrunk, yaqa
+from compress.solvers.quant_format import Scales, dequantize, fit, to_codes
 from compress.spec.formats import QuantFormat
 from compress.spec.spec import Spec
-
-#: Rounds of QuantEase on codes and scales.
-_ROUNDS = 3
 
 
 @dataclass(frozen=True)
@@ -113,26 +105,40 @@ class Rounded:
         return self._stored
 
 
-class CastSolver:
-    """`MatrixSolver` of `cast_block`. ``tuned``: scales are trained afterwards."""
+class CastSolver(MatrixSolver[Rounded | TrellisRounded]):
+    """Solver of `cast_block`. ``tuned``: scales are trained afterwards."""
 
     def __init__(self, block: Block, options: CastOptions, tuned: bool) -> None:
         self._block, self._options, self._tuned = block, options, tuned
         curvature = {} if options.gradients is None else options.gradients.by_outputs(block)
         self._curvature = SpilledByName(block.inputs.path.parent, curvature)
 
+    def prepare(
+        self,
+        linears: Sequence[TargetLinear],
+        statistics: InputStatistics,
+        mismatch: InputMismatch | None,
+        shared: dict[str, Any],
+    ) -> None:
+        """Round small matrices with the same inputs and formats by one pass over their columns."""
+        compensate_together([self._case(linear) for linear in linears], statistics, mismatch, shared)
+
     def solve(
         self, linear: TargetLinear, statistics: InputStatistics, mismatch: InputMismatch | None, shared: dict[str, Any]
     ) -> tuple[Rounded | TrellisRounded, dict[str, Any]]:
         """Codes and scales of a matrix, with its row for the report."""
-        keep, quant_format = self._block.earlier_mask(linear), self._options.quant_formats[linear.tensor]
-        F, alternating = self._curvature.take(linear.name), self._options.alternating
-        if quant_format.is_trellis:
-            solution, row = solve_trellis(linear, statistics, mismatch, quant_format, shared)
-            return solution, {"format": quant_format.format, **row}
+        case, F = self._case(linear), self._curvature.take(linear.name)
+        if case.quant_format.is_trellis:
+            solution, row = solve_trellis(linear, statistics, mismatch, case.quant_format, shared)
+            return solution, {"format": case.quant_format.format, **row}
+        codes, scales, row = solve_matrix(case, statistics, mismatch, self._options.alternating, shared, F)
+        rounded = Rounded(linear, case.quant_format, codes, scales, case.keep)
+        return rounded, {"format": case.quant_format.format, **row}
+
+    def _case(self, linear: TargetLinear) -> Case:
         overall = None if self._options.overall is None else self._options.overall.of(linear.tensor)
-        codes, scales, row = _solve(linear, statistics, mismatch, quant_format, keep, alternating, shared, F, overall)
-        return Rounded(linear, quant_format, codes, scales, keep), {"format": quant_format.format, **row}
+        quant_format = self._options.quant_formats[linear.tensor]
+        return Case(linear, quant_format, self._block.earlier_mask(linear), overall)
 
     def blank(self, linear: TargetLinear) -> Rounded | TrellisRounded:
         """Codes and scales of the right shapes."""
@@ -250,133 +256,3 @@ def _reconstruct(block: Block, reconstruction: Reconstruction, rounded: list[Rou
         for r in free
     ]
     block.details["tuning"] = reconstruct_block(block, reconstruction, trainable, project, derived)
-
-
-def _solve(
-    linear: TargetLinear,
-    statistics: InputStatistics,
-    mismatch: InputMismatch | None,
-    quant_format: QuantFormat,
-    keep: torch.Tensor | None,
-    alternating: bool,
-    shared: dict[str, Any],
-    F: torch.Tensor | None,
-    overall: torch.Tensor | None,
-) -> tuple[torch.Tensor, Scales, dict[str, Any]]:
-    """Codes less zero points [O, I], scales, and the row for the report.
-
-    Args:
-        shared: results for linears with the same inputs, which are computed once.
-        F: output curvature [O, O]; None without one. overall: the scale of nvfp4's scales; None for other formats.
-    """
-    weight = linear.weight.float().contiguous()
-    if statistics.tokens == 0:
-        scales = fit(weight, quant_format, None, keep, overall)
-        note = "no token reached it: rounded to nearest"
-        codes = compact(integer_codes(weight, quant_format, scales, keep), quant_format)
-        return codes, scales, {"error": None, "note": note}
-    H = statistics.hessian
-    if "order" not in shared:
-        shared["order"], factor, shared["damping"] = act_order_factor(H)
-        shared["whole"], shared["factor"] = factor, factor.float()
-    order = shared["order"]
-    if mismatch is not None:
-        weight = asymmetric_target(weight, mismatch.inputs, mismatch.residual.get(linear.name), shared["whole"], order)
-        mismatch.release()
-    scales = fit(weight, quant_format, H.diagonal(), keep, overall)
-    updated_weights = gptq(weight, shared["factor"], order, quant_format, scales, keep)
-    with _damping(H, shared) as damped_H:
-        rounds = _ROUNDS if alternating else 0
-        codes, scales = _alternated(weight, updated_weights, damped_H, quant_format, scales, keep, rounds)
-        del updated_weights
-        if F is not None:
-            codes, scales = _coupled(
-                weight, codes, damped_H, shared, shrunk(F), quant_format, scales, keep, alternating
-            )
-    row: dict[str, Any] = {"error": statistics.relative_error(weight, scaled(codes, scales.scale))}
-    if shared["damping"] != 0.01:
-        row["damping"] = shared["damping"]
-    return codes, scales, row
-
-
-@contextmanager
-def _damping(H: torch.Tensor, shared: dict[str, Any]) -> Iterator[torch.Tensor]:
-    """Within, H damped, float32; of a float32 H that is H itself."""
-    damping = min(shared["damping"], 1.0)
-    if H.dtype != torch.float32:
-        if "damped" not in shared:
-            shared["damped"] = damped(H, damping)[0].float()
-        yield shared["damped"]
-        return
-    diagonal = H.diagonal().clone()
-    H.diagonal().copy_(damped_diagonal(H, damping))
-    try:
-        yield H
-    finally:
-        H.diagonal().copy_(diagonal)
-
-
-def compact(codes: torch.Tensor, quant_format: QuantFormat) -> torch.Tensor:
-    """Codes less zero points in the smallest dtype that holds them all: int8 for integers below 8 bits, else bfloat16."""
-    return codes.to(torch.int8 if quant_format.is_integer and quant_format.bits < 8 else torch.bfloat16)
-
-
-def _part(scales: Scales, rows: slice) -> Scales:
-    return Scales(scales.scale[rows], None if scales.zero is None else scales.zero[rows], scales.overall)
-
-
-def _alternated(
-    weight: torch.Tensor,
-    start: torch.Tensor,
-    H: torch.Tensor,
-    quant_format: QuantFormat,
-    scales: Scales,
-    keep: torch.Tensor | None,
-    rounds: int,
-) -> tuple[torch.Tensor, Scales]:
-    """`quantease`, some outputs of a large matrix at a time, as they do not depend on one another; compact codes."""
-    codes = compact(torch.empty_like(weight, device="meta"), quant_format).new_empty(weight.shape, device=weight.device)
-    scale = torch.empty_like(scales.scale)
-    for rows in parts_of(weight):
-        own = None if keep is None else keep[rows]
-        part = quantease(weight[rows], start[rows], H, quant_format, _part(scales, rows), own, rounds)
-        codes[rows], scale[rows] = part[0].to(codes.dtype), part[1].scale
-    return codes, scales._replace(scale=scale)
-
-
-def _coupled(
-    weight: torch.Tensor,
-    codes: torch.Tensor,
-    H: torch.Tensor,
-    shared: dict[str, Any],
-    F: torch.Tensor,
-    quant_format: QuantFormat,
-    scales: Scales,
-    keep: torch.Tensor | None,
-    alternating: bool,
-) -> tuple[torch.Tensor, Scales]:
-    """Codes and scales under both curvatures, from the better of the given codes and those of Kronecker GPTQ.
-
-    These are improved in turns if ``alternating``; else the scales are fitted once.
-    Some outputs of a large matrix are refined at a time, while the errors E of the others are fixed. With F_pp the curvature of
-    these outputs and F_pq that of these and others, tr(F E H Eᵀ) is least where tr(F_pp E' H E'ᵀ) is, with
-    E' = E_p + F_pp⁻¹ F_pq E_q: the same problem with another target.
-    """
-    for rows in parts_of(weight):
-        target, own, F_pp = weight[rows], None if keep is None else keep[rows], F[rows, rows]
-        if len(target) < len(weight):
-            error = scaled(codes, scales.scale).neg_().add_(weight)
-            pull = F[rows] @ error - F_pp @ error[rows]
-            del error
-            target = target + torch.linalg.solve(F_pp, pull)
-        start, part = codes[rows].float(), _part(scales, rows)
-        anew = gptq_kronecker(target, shared["factor"], shared["order"], F_pp, quant_format, part, own)
-        if kronecker_error(target, anew, part, H, F_pp) < kronecker_error(target, start, part, H, F_pp):
-            start = anew
-        del anew
-        if alternating:
-            start, part = yaqa(target, start, H, F_pp, quant_format, part, own)
-        else:
-            part = refitted(target, start, H, F_pp, quant_format, part)
-        codes[rows], scales.scale[rows] = start.to(codes.dtype), part.scale
-    return codes, scales

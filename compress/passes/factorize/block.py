@@ -22,7 +22,7 @@ from compress.blockwise.reconstruct import (
     trainable_floats,
 )
 from compress.blockwise.results import TensorExtras
-from compress.blockwise.solve import solve_block
+from compress.blockwise.solve import MatrixSolver, solve_block
 from compress.solvers.gptq import act_order_factor, asymmetric_target
 from compress.solvers.low_rank import low_rank
 
@@ -69,8 +69,8 @@ class Pair:
         return up, down
 
 
-class FactorSolver:
-    """`MatrixSolver` of `factor_block`."""
+class FactorSolver(MatrixSolver[Pair]):
+    """Solver of `factor_block`."""
 
     def __init__(self, ranks: Mapping[str, int]) -> None:
         self._ranks = ranks

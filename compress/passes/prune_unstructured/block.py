@@ -15,7 +15,7 @@ from compress.blockwise.linears import TargetLinear
 from compress.blockwise.reconstruct import Reconstruction, reconstruct_block, trainable_floats
 from compress.blockwise.results import TensorExtras, extras_by_tensor
 from compress.blockwise.runner import BlockRunner
-from compress.blockwise.solve import solve_block
+from compress.blockwise.solve import MatrixSolver, solve_block
 from compress.solvers.alps import alps, problem
 from compress.solvers.hessian import inverse_factor
 from compress.solvers.magnitude import keep_largest, keep_n_of_m
@@ -92,8 +92,8 @@ class Pruned:
     mask: torch.Tensor
 
 
-class PruneSolver:
-    """`MatrixSolver` of `prune_block`."""
+class PruneSolver(MatrixSolver[Pruned]):
+    """Solver of `prune_block`."""
 
     def __init__(self, block: Block, options: PruneOptions) -> None:
         self._block, self._options = block, options

@@ -13,7 +13,7 @@ from compress.blockwise.block import Block
 from compress.blockwise.hessians import InputStatistics
 from compress.blockwise.linears import TargetLinear
 from compress.blockwise.results import TensorExtras
-from compress.blockwise.solve import solve_block
+from compress.blockwise.solve import MatrixSolver, solve_block
 from compress.checkpoint.values import Codes
 from compress.solvers.codebook import codebook, rounded, to_codes
 from compress.solvers.gptq import act_order_factor, asymmetric_target, codebook_gptq
@@ -28,8 +28,8 @@ class CodebookOptions:
     dtypes: Mapping[str, torch.dtype]
 
 
-class CodebookSolver:
-    """`MatrixSolver` of `codebook_block`."""
+class CodebookSolver(MatrixSolver[Codes]):
+    """Solver of `codebook_block`."""
 
     def __init__(self, block: Block, options: CodebookOptions) -> None:
         self._block, self._options = block, options
