@@ -88,6 +88,11 @@ class InputStatistics:
         """
         if self.tokens == 0:
             return None
+        error, scale = self.energies(before, after, centred)
+        return error / scale if scale else 0.0
+
+    def energies(self, before: torch.Tensor, after: torch.Tensor, centred: bool = False) -> tuple[float, float]:
+        """||(W - W')X||² and ||WX||², for weights [O, I]; ``centred`` as in `relative_error`."""
         hessian = self.hessian.float()
         lost = self.centred().float() if centred else hessian
         error = scale = 0.0
@@ -95,7 +100,7 @@ class InputStatistics:
             weight = before[start : start + 512].float()
             error += _energy(weight - after[start : start + 512], lost)
             scale += _energy(weight, hessian)
-        return error / scale if scale else 0.0
+        return error, scale
 
 
 def _energy(rows: torch.Tensor, hessian: torch.Tensor) -> float:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -35,6 +35,7 @@ class TargetLinear:
         kernel: whether it is that of a convolution, which the checkpoint shapes [O, inputs, *positions].
         routed: whether it reads the rows that a list of modules chooses for it (`compress.blockwise.routed`).
         part: where the checkpoint holds the matrix within a tensor of all experts; None where it has a tensor of its own.
+        outputs: which outputs of the matrix ``weight`` has, where processes share it out; None for all.
     """
 
     name: str
@@ -48,6 +49,7 @@ class TargetLinear:
     part: ExpertPart | None = None
     kernel: bool = False
     routed: bool = False
+    outputs: slice | None = None
 
     @property
     def tensor(self) -> str:
@@ -60,11 +62,16 @@ class TargetLinear:
             return patches(self.module, x)
         return (x.transpose(0, 1) if self.sequence_first else x).reshape(-1, x.shape[-1])
 
+    def with_outputs(self, outputs: slice) -> TargetLinear:
+        """Some outputs of the matrix, as a matrix; writing to it changes the block."""
+        return replace(self, weight=self.weight[outputs], outputs=outputs)
+
     def own(self, values: torch.Tensor) -> torch.Tensor:
         """The matrix's own values [O, I] of values in the shape of the checkpoint's tensor."""
         values = values.mT if self.transposed else values
         values = values.flatten(1) if self.kernel else values
-        return values if self.part is None else values[self.part.expert, self.part.rows]
+        values = values if self.part is None else values[self.part.expert, self.part.rows]
+        return values if self.outputs is None else values[self.outputs]
 
     def gradient(self, parameters: Mapping[str, torch.nn.Parameter]) -> torch.Tensor | None:
         """The gradient of the matrix, float32 [O, I], from those of the block's parameters; None where it has none.

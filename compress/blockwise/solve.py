@@ -12,6 +12,8 @@ from compress.blockwise.asymmetric import InputMismatch
 from compress.blockwise.block import Block
 from compress.blockwise.hessians import InputStatistics
 from compress.blockwise.linears import TargetLinear
+from compress.blockwise.shares import Portion, shared_out
+from compress.distributed import ProcessGroup
 
 S = TypeVar("S")
 #: A group of linears, its statistics, its mismatch, and whether the block may be changed.
@@ -20,6 +22,14 @@ GroupInputs = tuple[list[TargetLinear], InputStatistics, InputMismatch | None, b
 
 class MatrixSolver(Protocol[S]):
     """Finds a solution of type ``S`` for each matrix of a block."""
+
+    def independent_outputs(self, linear: TargetLinear) -> bool:
+        """Whether each output of the matrix may be solved for without the others.
+
+        Then `solve` may get a matrix of some outputs alone (``linear.outputs``), and its row gets ``energy``, Σ ||w x||² over
+        its outputs and all tokens, by which errors are joined.
+        """
+        return False
 
     def prepare(
         self,
@@ -33,7 +43,7 @@ class MatrixSolver(Protocol[S]):
         Args:
             linears: those that `solve` gets next, one by one, with the same ``shared``.
         """
-        return None
+        return
 
     def solve(
         self,
@@ -65,8 +75,8 @@ class MatrixSolver(Protocol[S]):
 def solve_block(block: Block, groups: Iterable[GroupInputs], solver: MatrixSolver[S]) -> dict[str, S]:
     """Solve for each linear, by name. ``block.details["tensors"]`` gets the rows, with seconds.
 
-    Processes solve at the same time: each has some matrices of every group, shared out by cost (`shared_out`). They exchange
-    solutions when the block may be changed, and at the end.
+    Processes solve at the same time: each has some matrices of every group, or some of their outputs (`shared_out`). They
+    exchange solutions when the block may be changed, and at the end.
 
     Args:
         groups: as they are measured; each group is solved before the next one is asked for, and placed as soon as the block may
@@ -75,28 +85,26 @@ def solve_block(block: Block, groups: Iterable[GroupInputs], solver: MatrixSolve
     processes = block.view.processes
     solutions: dict[str, S] = {}
     report: dict[str, Any] = {}
-    waiting: list[tuple[TargetLinear, int]] = []
+    waiting: list[tuple[TargetLinear, list[Portion[S]]]] = []
     loads = [0.0] * processes.world
 
     def exchange() -> None:
-        for linear, worker in waiting:
-            if worker != processes.rank:
-                solutions[linear.name] = solver.blank(linear)
-            processes.broadcast(worker, *solver.tensors(solutions[linear.name]))
-            report[linear.name] = processes.broadcast_object(worker, report.get(linear.name))
+        for linear, shares in waiting:
+            solutions[linear.name] = _exchanged(linear, shares, solver, processes)
+            report[linear.name] = _joined([processes.broadcast_object(share.worker, share.row) for share in shares])
 
     for group, statistics, mismatch, free in groups:
         shared: dict[str, Any] = {}
-        workers = shared_out([linear.weight.shape[0] * linear.weight.shape[1] ** 2 for linear in group], loads)
-        own = [linear for linear, worker in zip(group, workers, strict=True) if worker == processes.rank]
+        divided = shared_out(group, solver.independent_outputs, loads)
+        own = [share for shares in divided for share in shares if share.worker == processes.rank]
         start = time.perf_counter()
-        solver.prepare(own, statistics, mismatch, shared)
+        solver.prepare([share.linear for share in own], statistics, mismatch, shared)
         prepared = (time.perf_counter() - start) / max(1, len(own))
-        for linear in own:
+        for share in own:
             start = time.perf_counter()
-            solutions[linear.name], row = solver.solve(linear, statistics, mismatch, shared)
-            report[linear.name] = row | {"seconds": round(prepared + time.perf_counter() - start, 3)}
-        waiting += zip(group, workers, strict=True)
+            share.solution, row = solver.solve(share.linear, statistics, mismatch, shared)
+            share.row = row | {"seconds": round(prepared + time.perf_counter() - start, 3)}
+        waiting += zip(group, divided, strict=True)
         if free:
             exchange()
             for linear, _ in waiting:
@@ -108,10 +116,33 @@ def solve_block(block: Block, groups: Iterable[GroupInputs], solver: MatrixSolve
     return solutions
 
 
-def shared_out(costs: Sequence[float], loads: list[float]) -> list[int]:
-    """The worker of each item: the dearest first, each to the worker with the least load; ``loads`` grows by the costs."""
-    workers = [0] * len(costs)
-    for item in sorted(range(len(costs)), key=lambda i: -costs[i]):
-        workers[item] = min(range(len(loads)), key=loads.__getitem__)
-        loads[workers[item]] += costs[item]
-    return workers
+def _exchanged(
+    linear: TargetLinear, shares: Sequence[Portion[S]], solver: MatrixSolver[S], processes: ProcessGroup
+) -> S:
+    """The solution of a matrix, in every process."""
+    first = shares[0]
+    if first.linear.outputs is None:
+        solution = first.solution if first.solution is not None else solver.blank(linear)
+        processes.broadcast(first.worker, *solver.tensors(solution))
+        return solution
+    solution = solver.blank(linear)
+    for share in shares:
+        outputs = share.linear.outputs
+        parts = [t[outputs] if len(t) == len(linear.weight) else t for t in solver.tensors(solution)]
+        if share.solution is not None:
+            for part, own in zip(parts, solver.tensors(share.solution), strict=True):
+                part.copy_(own)
+        processes.broadcast(share.worker, *parts)
+    return solution
+
+
+def _joined(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """The report's row of a matrix from those of its shares: their error over their outputs' energy, and the longest time."""
+    if len(rows) == 1:
+        return rows[0]
+    energies = [row.pop("energy", None) for row in rows]
+    joined = {**rows[0], "seconds": max(row["seconds"] for row in rows)}
+    if None not in energies:
+        lost = sum(row["error"] * energy for row, energy in zip(rows, energies, strict=True))
+        joined["error"] = lost / sum(energies) if sum(energies) else 0.0
+    return joined

@@ -6,13 +6,15 @@ import pytest
 import torch
 
 from compress.blockwise.asymmetric import statistics_of, symmetric_statistics
-from compress.blockwise.solve import shared_out, solve_block
+from compress.blockwise.linears import TargetLinear
+from compress.blockwise.shares import by_cost, by_outputs, shared_out
+from compress.blockwise.solve import MatrixSolver, solve_block
 from compress.checkpoint.open import open_checkpoint
 from tests import pico
 from tests.toolbox import matrices, runner_of
 
 
-class Halve:
+class Halve(MatrixSolver):
     """Halves every matrix, and records what it is asked."""
 
     def __init__(self):
@@ -63,7 +65,32 @@ def test_solve_block_solves_and_places_each_matrix_once(measure, tmp_path):
 
 def test_matrices_are_shared_out_by_cost():
     loads = [0.0, 0.0]
-    assert shared_out([3, 1, 1], loads) == [0, 1, 1]
+    assert by_cost([3, 1, 1], loads) == [0, 1, 1]
     assert loads == [3, 2]
-    assert shared_out([4], loads) == [1]
-    assert shared_out([5, 5, 5], [0.0]) == [0, 0, 0]
+    assert by_cost([4], loads) == [1]
+    assert by_cost([5, 5, 5], [0.0]) == [0, 0, 0]
+
+
+def _linear(name, outputs, owner=None):
+    return TargetLinear(name, name, torch.arange(outputs * 2.0).view(outputs, 2), False, None, owner=owner)
+
+
+@pytest.mark.parametrize("workers", [2, 3, 8])
+@pytest.mark.parametrize("sizes", [(576, 192, 192), (576,), (64,), (7,), (1536, 1536), (100, 3)])
+def test_outputs_are_shared_out_evenly(workers, sizes):
+    group = [_linear(str(i), size) for i, size in enumerate(sizes)]
+    shares = by_outputs(group, workers)
+    for linear, own in zip(group, shares, strict=True):
+        assert torch.equal(torch.cat([share.linear.weight for share in own]), linear.weight)
+        assert [share.worker for share in own] == sorted({share.worker for share in own})
+        assert all(share.linear.weight.data_ptr() >= linear.weight.data_ptr() for share in own)
+    loads = [sum(len(s.linear.weight) for own in shares for s in own if s.worker == w) for w in range(workers)]
+    assert max(loads) - sum(sizes) / workers <= 16
+
+
+def test_only_matrices_of_independent_outputs_are_divided():
+    group = [_linear("a", 64), _linear("b", 64)]
+    assert [len(own) for own in shared_out(group[:1], lambda _: True, [0.0, 0.0])] == [2]
+    assert [len(own) for own in shared_out(group[:1], lambda _: True, [0.0])] == [1]
+    assert [len(own) for own in shared_out(group, lambda linear: linear.name == "a", [0.0, 0.0])] == [1, 1]
+    assert [len(own) for own in shared_out([_linear("c", 64, owner=object())], lambda _: True, [0.0, 0.0])] == [1]

@@ -111,7 +111,13 @@ class CastSolver(MatrixSolver[Rounded | TrellisRounded]):
     def __init__(self, block: Block, options: CastOptions, tuned: bool) -> None:
         self._block, self._options, self._tuned = block, options, tuned
         curvature = {} if options.gradients is None else options.gradients.by_outputs(block)
-        self._curvature = SpilledByName(block.inputs.path.parent, curvature)
+        self._curvature, self._coupled = SpilledByName(block.inputs.path.parent, curvature), set(curvature)
+
+    def independent_outputs(self, linear: TargetLinear) -> bool:
+        """Integers with scales of each output, without output curvature."""
+        quant_format = self._options.quant_formats[linear.tensor]
+        alone = quant_format.is_integer and quant_format.height(len(linear.weight)) == 1
+        return alone and not quant_format.is_trellis and linear.name not in self._coupled
 
     def prepare(
         self,

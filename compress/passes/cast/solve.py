@@ -88,6 +88,8 @@ def _target(
         shared["whole"], shared["factor"] = factor, factor.float()
     if mismatch is not None:
         residual = mismatch.residual.get(case.linear.name)
+        if residual is not None and case.linear.outputs is not None:
+            residual = residual[case.linear.outputs]
         weight = asymmetric_target(weight, mismatch.inputs, residual, shared["whole"], shared["order"])
         mismatch.release()
     return weight, fit(weight, case.quant_format, H.diagonal(), case.keep, case.overall)
@@ -127,7 +129,10 @@ def solve_matrix(
             codes, scales = _coupled(
                 weight, codes, damped_H, shared, shrunk(F), quant_format, scales, keep, alternating
             )
-    row: dict[str, Any] = {"error": statistics.relative_error(weight, scaled(codes, scales.scale))}
+    lost, energy = statistics.energies(weight, scaled(codes, scales.scale))
+    row: dict[str, Any] = {"error": lost / energy if energy else 0.0}
+    if linear.outputs is not None:
+        row["energy"] = energy
     if shared["damping"] != 0.01:
         row["damping"] = shared["damping"]
     return codes, scales, row
