@@ -72,7 +72,6 @@ check-rest: $(STAMP)
 	$(BIN)/python -m tools.check_house
 	$(BIN)/python -m tools.docs.pages --check
 	$(BIN)/python -m tools.docs.check
-	$(BIN)/python -m pytest -q --noconftest tests/test_reads.py
 
 bench: $(STAMP)
 	$(BIN)/python benchmarks/run.py

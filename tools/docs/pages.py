@@ -5,11 +5,12 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import re
-import subprocess
 import sys
+from contextlib import redirect_stdout, suppress
 from pathlib import Path
 from typing import Any
 
@@ -197,20 +198,14 @@ def table(head: list[str], rows: list[list[str]]) -> list[str]:
 
 def commands_page() -> str:
     """Return the help of every command, at 100 columns."""
-    environment = {**os.environ, "COLUMNS": "100", "TERMINAL_WIDTH": "100", "NO_COLOR": "1"}
+    os.environ.update({"COLUMNS": "100", "TERMINAL_WIDTH": "100", "NO_COLOR": "1"})
+    from compress.cli.app import app
 
     def text(*arguments: str) -> str:
-        done = subprocess.run(
-            [sys.executable, "-m", "compress", *arguments, "--help"],
-            capture_output=True,
-            text=True,
-            check=True,
-            env=environment,
-        )
-        body = "\n".join(line.rstrip() for line in done.stdout.strip().splitlines())
-        return body.replace("python -m compress", "compress")
-
-    from compress.cli.app import app
+        printed = io.StringIO()
+        with redirect_stdout(printed), suppress(SystemExit):
+            app([*arguments, "--help"], prog_name="compress")
+        return "\n".join(line.rstrip() for line in printed.getvalue().strip().splitlines())
 
     names = [c.name or (c.callback.__name__ if c.callback else "") for c in app.registered_commands]
     lines = ["# Commands", "", "The help of each command, as `compress COMMAND --help` prints it.", ""]
