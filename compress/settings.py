@@ -10,6 +10,7 @@ import json
 import math
 import re
 from collections.abc import Iterable, Mapping
+from functools import cache
 from typing import Annotated, Any, NamedTuple, get_args
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSchema
@@ -32,12 +33,20 @@ def defaults(model: type[BaseModel], given: Mapping[str, Any] | None = None) -> 
     """The default of every setting that has one, as JSON values. Some depend on the settings ``given``."""
     known = dict(given or {})
     values: dict[str, Any] = {}
+    dependent = _dependent(model)
     for name, field in model.model_fields.items():
         if not field.is_required():
-            value = field.get_default(call_default_factory=True, validated_data=known)
+            factory: Any = field.default_factory
+            value = field.get_default() if factory is None else factory(known) if name in dependent else factory()
             values[name] = to_jsonable_python(value)
             known.setdefault(name, value)
     return values
+
+
+@cache
+def _dependent(model: type[BaseModel]) -> frozenset[str]:
+    """Settings whose default depends on others; pydantic inspects a signature whenever it is asked."""
+    return frozenset(name for name, field in model.model_fields.items() if field.default_factory_takes_validated_data)
 
 
 class Pattern(NamedTuple):

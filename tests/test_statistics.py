@@ -357,11 +357,12 @@ def test_rank_correlation_drop_bounds_match_scipy_paired_bootstrap():
     before, after = embeddings(one, scores), embeddings(two, scores)
     found = drop(before, after, "spearman", **HOW)
 
-    def statistic(a, b, c):
-        return 100 * (scipy.stats.spearmanr(a, c).statistic - scipy.stats.spearmanr(b, c).statistic)
+    def statistic(a, b, c, axis=-1):
+        a, b, c = (scipy.stats.rankdata(x, axis=axis) for x in (a, b, c))
+        return 100 * (scipy.stats.pearsonr(a, c, axis=axis).statistic - scipy.stats.pearsonr(b, c, axis=axis).statistic)
 
     theirs = scipy.stats.bootstrap(
-        (one, two, scores), statistic, paired=True, vectorized=False, confidence_level=0.9, method="percentile",
+        (one, two, scores), statistic, paired=True, confidence_level=0.9, method="percentile",
         n_resamples=1000, rng=np.random.default_rng(1),
     ).confidence_interval  # fmt: skip
     width = theirs.high - theirs.low

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import re
 from pathlib import Path
@@ -183,6 +184,11 @@ def test_run_of_untidy_files_matches_plan_and_loads_in_stock(folders, tmp_path, 
     assert {case: row.get("error") or row["difference"] <= 1e-4 for case, row in found.items()} == dict.fromkeys(CASES, True)  # fmt: skip
 
 
+@functools.cache
+def _names_of_transformers():
+    return dir(transformers)
+
+
 @pytest.mark.parametrize(
     "family", pico.families((r.model_type for r in architectures.RECORDS), tier=("llama", "gpt2", "bert", "t5"))
 )
@@ -191,7 +197,7 @@ def test_leftovers_of_records_are_read_by_no_class(family):
     config = pico.config(family, tie_word_embeddings=False)
     record = next(each for each in architectures.RECORDS if each.model_type == family)
     start = type(config).__name__.removesuffix("Config").removesuffix("Text")
-    names = [n for n in dir(transformers) if re.fullmatch(rf"{start}(?:For\w+|\w*Model)", n)]
+    names = [n for n in _names_of_transformers() if re.fullmatch(rf"{start}(?:For\w+|\w*Model)", n)]
     classes = [c for c in (getattr(transformers, n) for n in names if "PreTrained" not in n) if c.config_class is type(config)]  # fmt: skip
     assert classes
     for cls in classes:

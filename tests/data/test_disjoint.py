@@ -41,6 +41,5 @@ def test_example_data_are_disjoint():
     from tests.conftest import ROOT
 
     sets = {n: read_documents([str(ROOT / f"examples/text/{n}.txt")], "<|doc|>") for n in ("train", "valid", "test")}
-    check_disjoint(sets["valid"], sets["train"], "training")
-    check_disjoint(sets["test"], sets["train"], "training")
+    check_disjoint([*sets["valid"], *sets["test"]], sets["train"], "training")
     check_disjoint(sets["test"], sets["valid"], "calibration")

@@ -71,11 +71,10 @@ def test_router_learns_the_shares():
     def loss(router):
         return float(-(share * (x @ router.T).log_softmax(1)).sum(1).mean())
 
-    slow = torch.zeros(5, 12, requires_grad=True)
+    slow = torch.zeros(5, 12)
     for _ in range(1500):
-        (gradient,) = torch.autograd.grad(-(share * (x @ slow.T).log_softmax(1)).sum(1).mean(), [slow])
-        slow = (slow - 0.5 * gradient).detach().requires_grad_()
-    assert loss(fit_router(x, share * 7, None, 150, 0)) < loss(slow.detach()) + 0.02
+        slow -= 0.5 * ((x @ slow.T).softmax(1) - share).T @ x / len(x)
+    assert loss(fit_router(x, share * 7, None, 150, 0)) < loss(slow) + 0.02
 
 
 def test_flat_routers_choose_alike():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from itertools import product
 
@@ -25,14 +26,15 @@ def products(heads=4, tokens=50, seed=0):
 
 def loss(p, logits, groups):
     """From the formula, token by token."""
+    full, kept, mass, sunk = (x.tolist() for x in (p.full, p.kept, p.mass, p.sunk))
     result = 0.0
     for t in range(p.full.shape[1]):
         for heads in range(groups):
             size = len(logits) // groups
             change = 0.0
             for h in range(heads * size, heads * size + size):
-                scale = float(torch.sigmoid(p.mass[h, t] - logits[h]))
-                change += float(p.kept[h, t]) * scale + float(p.sunk[h, t]) * (1 - scale) - float(p.full[h, t])
+                scale = 1 / (1 + math.exp(float(logits[h]) - mass[h][t]))
+                change += kept[h][t] * scale + sunk[h][t] * (1 - scale) - full[h][t]
             result += change**2
     return result / 2 / p.full.shape[1]
 

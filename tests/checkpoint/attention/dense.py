@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 
 from compress.checkpoint.attention.patterns import LocalPattern
@@ -23,20 +25,22 @@ def sees(pattern: LocalPattern, i: int, j: int) -> bool:
     return pattern.window is None or j > i - pattern.window
 
 
+@functools.cache
+def _seen(pattern: LocalPattern, tokens: int, positions: tuple[int, ...]) -> torch.Tensor:
+    """Which of these positions each of the last ``tokens`` of them sees."""
+    return torch.tensor([[sees(pattern, i, j) for j in positions] for i in positions[len(positions) - tokens :]])
+
+
 def dense_attention(query, key, value, pattern, *, scale=None, logits=None, padding=None, positions=None):
     """[B, H, q, Dv] in float64."""
     query, key, value = query.double(), key.double(), value.double()
     (batch, heads, tokens, size), known = query.shape, key.shape[2]
     key, value = (x.repeat_interleave(heads // key.shape[1], 1) for x in (key, value))
-    seen = torch.zeros(batch, tokens, known, dtype=torch.bool)
-    for b in range(batch):
-        begin = 0 if padding is None else int(padding[b].int().argmax())
-        for t in range(tokens):
-            for j in range(known):
-                at = [known - tokens + t - begin, j - begin]
-                if positions is not None:
-                    at = [int(positions[known - tokens + t]), int(positions[j])]
-                seen[b, t, j] = (padding is None or bool(padding[b, j])) and sees(pattern, *at)
+    where = range(known) if positions is None else positions.tolist()
+    begins = [0] * batch if padding is None else padding.int().argmax(1).tolist()
+    seen = torch.stack([_seen(pattern, tokens, tuple(j - begin for j in where)) for begin in begins])
+    if padding is not None:
+        seen = seen & padding.bool()[:, None]
     scores = (query @ key.mT) * (size**-0.5 if scale is None else scale)
     scores = scores.masked_fill(~seen[:, None], -torch.inf)
     if logits is not None:
