@@ -198,6 +198,7 @@ def joins(nodes: Nodes) -> list[int]:
             found.append(node.lineno)
     return found
 
+
 def check_joins(files: dict[Path, Nodes]) -> Iterator[str]:
     """Files of checkpoints that are read without ``safe_file``, which follows no link out of a checkpoint."""
     unused = set(JOINERS)

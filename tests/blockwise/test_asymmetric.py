@@ -81,7 +81,7 @@ def close(a, b):
     assert (a.double() - b).abs().max() <= 1e-4 * max(float(b.abs().max()), 1e-3)
 
 
-@pytest.mark.parametrize("family", pico.families(WRITERS, tier=("llama", "gpt2", "mixtral", "bert")))
+@pytest.mark.parametrize("family", pico.families(WRITERS, tier=("llama", "mixtral", "bert")))
 def test_input_mismatch_matches_two_whole_models(family, tmp_path):
     checkpoint = open_checkpoint(pico.save(tmp_path / family, family, with_tokenizer=False))
     found: dict = {}

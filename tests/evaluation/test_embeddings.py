@@ -48,8 +48,8 @@ def cosine(a, b):
         ("bert", ("mean_tokens",)),
         ("bert", ("max_tokens",)),
         ("bert", ("cls_token", "mean_sqrt_len_tokens")),
-        ("roberta", ("cls_token",)),
-        ("distilbert", ("mean_tokens",)),
+        pytest.param("roberta", ("cls_token",), marks=pytest.mark.slow),
+        pytest.param("distilbert", ("mean_tokens",), marks=pytest.mark.slow),
         ("llama", ("lasttoken",)),
     ],
 )

@@ -156,8 +156,12 @@ def test_windows_beyond_the_prompt_change_no_cache(tmp_path):
 
 @pytest.mark.parametrize(
     "settings",
-    [{"full": "50%", "sinks": 2}, {"full": 0, "sinks": 2, "pattern": "strided"}, {"full": 0, "sinks": 0, "pattern": "fixed"}],
-)  # fmt: skip
+    [
+        {"full": "50%", "sinks": 2},
+        {"full": 0, "sinks": 2, "pattern": "strided"},
+        pytest.param({"full": 0, "sinks": 0, "pattern": "fixed"}, marks=pytest.mark.slow),
+    ],
+)
 def test_caches_by_head_are_counted_as_planned(settings, tmp_path):
     from compress import apply
 
