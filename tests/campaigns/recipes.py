@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import functools
 import io
 import json
+import operator
 import random
 import re
 from dataclasses import dataclass
@@ -151,7 +153,7 @@ class _Draw:
     """How values are drawn: ``odd`` is the share that fits nothing, ``share`` that of the settings that are given at all."""
 
     rng: random.Random
-    definitions: dict[str, Any]
+    schema: dict[str, Any]
     tame: bool
     odd: float = 0.02
     share: float = 0.25
@@ -162,7 +164,7 @@ class _Draw:
         if not isinstance(schema, dict) or rng.random() < self.odd:
             return damage.odd(rng, self.tame)
         if "$ref" in schema:
-            return self.value(self.definitions[schema["$ref"].rpartition("/")[2]])
+            return self.value(functools.reduce(operator.getitem, schema["$ref"].split("/")[1:], self.schema))
         for key in ("anyOf", "oneOf"):
             if key in schema:
                 return self.value(rng.choice(schema[key]))
@@ -198,7 +200,7 @@ _TEXTS = ("50%", "10%", "text", "x", "0", "1e-3", "2:4", "re:.*mlp.*", "*.mlp.*"
 
 def _drawn(rng: random.Random, schema: dict[str, Any], trial: Trial, tame: bool) -> Any:
     """A recipe with the keys and, mostly, the types that the schema names."""
-    draw = _Draw(rng, schema["$defs"], tame)
+    draw = _Draw(rng, schema, tame)
     tree = {k: draw.value(v) for k, v in schema["properties"].items() if k != "extends" and rng.random() < 0.2}
     text = rng.random() < 0.9
     if text and rng.random() < 0.7:
@@ -216,7 +218,7 @@ def _drawn(rng: random.Random, schema: dict[str, Any], trial: Trial, tame: bool)
 
 def _mixed(rng: random.Random, schema: dict[str, Any], trees: list[Any], tame: bool) -> Any:
     """A shipped recipe whose passes are those of others, in any order, some with a setting or two drawn from the schema."""
-    draw = _Draw(rng, schema["$defs"], tame, odd=0.0, share=0.08)
+    draw = _Draw(rng, schema, tame, odd=0.0, share=0.08)
     tree = copy.deepcopy(rng.choice(trees))
     known = [step for other in trees for step in other["passes"]]
     passes = []
