@@ -94,12 +94,29 @@ def test_admm_projection_matches_exact_mask_when_weights_change_slowly(seed, row
     Z, _, kept, pattern, earlier = layer(seed, rows, columns, target, with_mask)
     project = _Projection(kept, pattern, earlier)
     for step in range(6):
-        if project.due(step):
+        if pattern is None:
             project.take(Z.clone())
         D = project(Z, slice(None), torch.empty_like(Z))
         assert torch.equal(D, Z * slow_mask(Z, kept, pattern, earlier))
         generator = torch.Generator().manual_seed(seed + step)
         Z = Z + 10.0 ** -(1 + pace) * torch.randn(Z.shape, generator=generator, dtype=Z.dtype)
+
+
+def test_thresholds_of_a_large_matrix_follow_its_weights():
+    generator = torch.Generator().manual_seed(0)
+    Z, kept = torch.randn(300, 300, generator=generator), 40_000
+    project, searched = _Projection(kept, None, None), []
+    search = project._threshold
+    project._threshold = lambda size: searched.append(1) or search(size)
+    for step in range(40):
+        if step % 10 == 9:
+            Z = Z * 0.9
+            project.grown()
+        project.take(Z.clone())
+        D = project(Z, slice(None), torch.empty_like(Z))
+        assert int((D != 0).sum()) == pytest.approx(kept, rel=0.003)
+        Z = Z + 0.003 * torch.randn(Z.shape, generator=generator)
+    assert len(searched) < 10
 
 
 @given(SEEDS, st.integers(1, 5), st.integers(1, 12), TARGETS, st.booleans())
