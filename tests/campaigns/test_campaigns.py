@@ -146,7 +146,7 @@ def test_a_short_campaign_with_a_new_seed(campaign, count, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("campaign", "count"), [("kills", 12), ("disk", 12), ("soak", 14), ("attacks", 0)])
+@pytest.mark.parametrize(("campaign", "count"), [("kills", 8), ("disk", 12), ("soak", 14), ("attacks", 0)])
 def test_a_short_campaign_in_forked_commands(campaign, count):
     options = ["--count", str(count), "--jobs", "1"] if count else []
     done = subprocess.run(
