@@ -54,19 +54,22 @@ def quality(args: argparse.Namespace, scratch: Path) -> list[str]:
     import compress
 
     texts = scoring.held_out(args)
-    cut = {"layers": args.layers, "mlp": args.mlp}
-    ids = {"data": args.calibration or args.train, "samples": 128, "length": 256, "document_separator": "<|doc|>"}
+    cut = {key: value for key, value in (("layers", args.layers), ("mlp", args.mlp)) if value}
+    data = args.calibration or args.train
+    ids = {"data": data, "samples": args.samples, "length": 256, "document_separator": "<|doc|>"}
     named = args.calibration is not None and args.calibration.partition(":")
     if named:
         ids = {"data": named[0], "field": named[2]}
     simple = {"importance": "activation", "layer_importance": "block_influence", "compensation": "none"}
-    for name, how in (("bare", simple), ("student", {})):
+    for name, how in (("bare", simple), ("student", {"effort": args.effort})):
         if not (scratch / name).exists():
             compress.apply("prune_structured", args.model, scratch / name, **ids, **cut, **how)
     bare, start = (texts.score(scratch / name) for name in ("bare", "student"))
     lost = texts.rise(bare)
     rows = [["removed, no repair", *texts.cells([bare]), "", "", ""]]
-    rows.append(["prune_structured (default)", *texts.cells([start]), f"{1 - texts.rise(start) / lost:.0%}", "", ""])
+    rows.append(
+        [f"prune_structured, {args.effort}", *texts.cells([start]), f"{1 - texts.rise(start) / lost:.0%}", "", ""]
+    )
     print(rows, flush=True)
     for way in args.ways:
         settings = dict(WAYS[way])
@@ -95,8 +98,9 @@ def quality(args: argparse.Namespace, scratch: Path) -> list[str]:
         )
         print(*rows[-1], flush=True)
     cast = " and autocast" * bool(args.autocast)
+    removed = [f"{args.layers} of the blocks"] * bool(args.layers) + [f"{args.mlp:.0%} of the neurons"] * bool(args.mlp)
     return [
-        f"{args.layers} of the blocks and {args.mlp:.0%} of the neurons of {Path(args.model).name} are removed. The student "
+        f"{' and '.join(removed)} of {page.model_name(args.model)} are removed. The student "
         f"then trains on {args.tokens:,} tokens of {', '.join(Path(f).name for f in args.train)} with the defaults of the "
         f"pass, except for the losses named{cast}. {texts.note()} "
         "Won back: share of the loss that removal alone costs. Seconds cover the whole call.",
@@ -376,6 +380,8 @@ def main() -> None:
     parser.add_argument("--autocast", choices=["bfloat16"], help="of the training")
     parser.add_argument("--layers", type=int, default=2)
     parser.add_argument("--mlp", type=float, default=0.25)
+    parser.add_argument("--effort", choices=["fast", "balanced", "best"], default="balanced", help="of the pruning")
+    parser.add_argument("--samples", type=int, default=128, help="to prune with")
     parser.add_argument("--ways", nargs="+", default=list(WAYS), choices=list(WAYS))
     parser.add_argument(
         "--labelled", nargs=2, metavar=("TRAIN", "TEST"), help=".tsv with sentence and label, for classifier"
