@@ -19,7 +19,7 @@ from compress.errors import CompressError
 from compress.files import read_record, write_record
 
 #: Version of the models of time below and of the code that measures rates.
-_VERSION = 7
+_VERSION = 8
 
 #: Kind ▶ the terms of its time, each as exponents of (O, I). Of products, Hessians, and passes over values: for one token, row
 #: or value.
