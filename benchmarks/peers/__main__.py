@@ -2,8 +2,8 @@
 
 PEER is the interpreter of an environment of its own, with torch, transformers and the tool. TOOL is `llm-compressor`,
 `auto-round`, `libgguf` (llama.cpp's codes), or `ALPS`, for which --code is the file alps.py of mazumder-lab/ALPS, and PEER
-may be left out. A job is a method and an amount: `GPTQ int4`, `GPTQ asymmetric int4`, `SparseGPT 50%`, `ALPS 2:4`,
-`imatrix IQ2_XS`. All get the ids that `compress.apply` draws from TRAIN.
+may be left out. A job is a method and an amount: `GPTQ int4`, `GPTQ asymmetric int4`, `AutoRound int4`, `SparseGPT 50%`,
+`ALPS 2:4`, `imatrix IQ2_XS`. All get the ids that `compress.apply` draws from TRAIN.
 
 The figures go to benchmarks/peers_MODEL.json, where other benchmarks find them for their column "others", and all of that file
 go to the section "Peers" of docs/benchmarks.md. A job that stands in the file is measured again.
@@ -45,6 +45,9 @@ def main() -> None:
     parser.add_argument("--jobs", nargs="+", required=True, help="method and amount, as one word each")
     scoring.options(parser)
     args = parser.parse_args()
+    for job in args.jobs:
+        if len(job.split()) < 2:
+            parser.error(f"{job!r} is no method and amount; write such as 'AutoRound int4'")
     from safetensors.torch import save_file
 
     texts = None
