@@ -86,8 +86,9 @@ for folder in sys.argv[2:]:
     checkpoint = open_checkpoint(folder)
     wanted = {x.name for x in model_map(checkpoint.spec).layers if len(x.tensor.shape) == 2}
     ids = torch.randint(2, 250, (15, 24), generator=torch.Generator().manual_seed(1))
-    for method in ("wanda", "sparsegpt", "alps"):
-        options = PruneOptions(method, dict.fromkeys(wanted, 0.5), None, Reconstruction(2, 0.02, 4) if method == "alps" and "llama" in folder else None)
+    for method in ("wanda", "sparsegpt", "alps", "pattern"):
+        sparsity, pattern = (None, (2, 4)) if method == "pattern" else (dict.fromkeys(wanted, 0.5), None)
+        options = PruneOptions("sparsegpt" if pattern else method, sparsity, pattern, Reconstruction(2, 0.02, 4) if method == "alps" and "llama" in folder else None)
         runner = BlockRunner(
             checkpoint, Inputs({"input_ids": ids}), wanted, workspace=Workspace(Path(sys.argv[1]) / f"{Path(folder).name}-{method}-{processes.world}", processes),
             dtype="float32", device="cpu", progress=SilentProgress(), with_targets=options.reconstruction is not None)
@@ -123,7 +124,7 @@ def test_world_of_two_finds_what_one_process_does(tmp_path):
             assert a.keys() == b.keys()
             for name in (key.removesuffix(":codes") for key in a if key.endswith(":codes")):
                 assert float((a[name] - b[name]).norm()) < 0.3 * float(a[name].norm())
-        for method, least in (("wanda", 0.999), ("sparsegpt", 0.99), ("alps", 0.93)):
+        for method, least in (("wanda", 0.999), ("sparsegpt", 0.99), ("alps", 0.93), ("pattern", 0.99)):
             one, two = (tmp_path / "work" / f"{folder.name}-{method}-{n}" / "blocks" for n in (1, 2))
             same, count, difference, scale = 0, 0, 0.0, 0.0
             for path in sorted(one.iterdir()):

@@ -91,6 +91,14 @@ class InputStatistics:
         error, scale = self.energies(before, after, centred)
         return error / scale if scale else 0.0
 
+    def error_row(self, before: torch.Tensor, after: torch.Tensor, portion: bool) -> dict[str, Any]:
+        """Entries of a report's row: ``error`` (`relative_error`), and of a portion of a matrix ``energy``, ||WX||²."""
+        if self.tokens == 0:
+            return {"error": None}
+        error, scale = self.energies(before, after)
+        row = {"error": error / scale if scale else 0.0}
+        return row | {"energy": scale} if portion else row
+
     def energies(self, before: torch.Tensor, after: torch.Tensor, centred: bool = False) -> tuple[float, float]:
         """||(W - W')X||² and ||WX||², for weights [O, I]; ``centred`` as in `relative_error`."""
         hessian = self.hessian.float()

@@ -91,7 +91,8 @@ def solve_block(block: Block, groups: Iterable[GroupInputs], solver: MatrixSolve
     def exchange() -> None:
         for linear, shares in waiting:
             solutions[linear.name] = _exchanged(linear, shares, solver, processes)
-            report[linear.name] = _joined([processes.broadcast_object(share.worker, share.row) for share in shares])
+            rows = [processes.broadcast_object(share.worker, share.row) for share in shares]
+            report[linear.name] = _joined(rows, [len(share.linear.weight) for share in shares])
 
     for group, statistics, mismatch, free in groups:
         shared: dict[str, Any] = {}
@@ -136,13 +137,18 @@ def _exchanged(
     return solution
 
 
-def _joined(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """The report's row of a matrix from those of its shares: their error over their outputs' energy, and the longest time."""
+def _joined(rows: Sequence[dict[str, Any]], outputs: Sequence[int]) -> dict[str, Any]:
+    """The report's row of a matrix from those of its portions.
+
+    Their error over their outputs' energy, the longest time, and the mean of other numbers by outputs.
+    """
     if len(rows) == 1:
         return rows[0]
-    energies = [row.pop("energy", None) for row in rows]
-    joined = {**rows[0], "seconds": max(row["seconds"] for row in rows)}
-    if None not in energies:
-        lost = sum(row["error"] * energy for row, energy in zip(rows, energies, strict=True))
-        joined["error"] = lost / sum(energies) if sum(energies) else 0.0
-    return joined
+    joined = {key: value for key, value in rows[0].items() if key != "energy"}
+    for key in [key for key, value in joined.items() if isinstance(value, float)]:
+        weights = [row["energy"] for row in rows] if key == "error" else outputs
+        total = sum(weights)
+        joined[key] = (
+            sum(row[key] * weight for row, weight in zip(rows, weights, strict=True)) / total if total else 0.0
+        )
+    return joined | {"seconds": max(row["seconds"] for row in rows)}

@@ -8,7 +8,7 @@ import torch
 from compress.blockwise.asymmetric import statistics_of, symmetric_statistics
 from compress.blockwise.linears import TargetLinear
 from compress.blockwise.shares import by_cost, by_outputs, shared_out
-from compress.blockwise.solve import MatrixSolver, solve_block
+from compress.blockwise.solve import MatrixSolver, _joined, solve_block
 from compress.checkpoint.open import open_checkpoint
 from tests import pico
 from tests.toolbox import matrices, runner_of
@@ -94,3 +94,14 @@ def test_only_matrices_of_independent_outputs_are_divided():
     assert [len(own) for own in shared_out(group[:1], lambda _: True, [0.0])] == [1]
     assert [len(own) for own in shared_out(group, lambda linear: linear.name == "a", [0.0, 0.0])] == [1, 1]
     assert [len(own) for own in shared_out([_linear("c", 64, owner=object())], lambda _: True, [0.0, 0.0])] == [1]
+
+
+def test_rows_of_portions_are_joined():
+    rows = [
+        {"error": 0.1, "energy": 3.0, "seconds": 1.0, "sparsity": 0.5, "format": "int4"},
+        {"error": 0.5, "energy": 1.0, "seconds": 2.0, "sparsity": 0.8, "format": "int4"},
+    ]
+    joined = _joined(rows, [32, 16])
+    assert joined == {"error": pytest.approx(0.2), "seconds": 2.0, "sparsity": pytest.approx(0.6), "format": "int4"}
+    unread = {"error": None, "note": "no token reached it: rounded to nearest", "seconds": 1.0}
+    assert _joined([unread, unread], [32, 16]) == unread

@@ -129,10 +129,7 @@ def solve_matrix(
             codes, scales = _coupled(
                 weight, codes, damped_H, shared, shrunk(F), quant_format, scales, keep, alternating
             )
-    lost, energy = statistics.energies(weight, scaled(codes, scales.scale))
-    row: dict[str, Any] = {"error": lost / energy if energy else 0.0}
-    if linear.outputs is not None:
-        row["energy"] = energy
+    row = statistics.error_row(weight, scaled(codes, scales.scale), linear.outputs is not None)
     if shared["damping"] != 0.01:
         row["damping"] = shared["damping"]
     return codes, scales, row

@@ -98,13 +98,17 @@ class PruneSolver(MatrixSolver[Pruned]):
     def __init__(self, block: Block, options: PruneOptions) -> None:
         self._block, self._options = block, options
 
+    def independent_outputs(self, linear: TargetLinear) -> bool:
+        """N of M, except by ALPS: otherwise scores of all outputs are compared, or all stop together."""
+        return self._options.pattern is not None and self._options.method != "alps"
+
     def solve(
         self, linear: TargetLinear, statistics: InputStatistics, mismatch: InputMismatch | None, shared: dict[str, Any]
     ) -> tuple[Pruned, dict[str, Any]]:
         """New weights and mask of a matrix, with its row for the report."""
         weight, mask, notes = _solve(linear, statistics, self._options, self._block.earlier_mask(linear), shared)
         weight, mask = weight.masked_fill(~mask, 0).contiguous(), mask.contiguous()
-        row = {"error": statistics.relative_error(linear.weight, weight), **notes}
+        row = {**statistics.error_row(linear.weight, weight, linear.outputs is not None), **notes}
         return Pruned(weight, mask), row | {"sparsity": 1 - float(mask.double().mean())}
 
     def blank(self, linear: TargetLinear) -> Pruned:
