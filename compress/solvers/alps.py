@@ -24,7 +24,7 @@ from compress.solvers.memory import parts_of
 #: Above this size all is in float32; up to it the factor of H is in float64.
 _DOUBLE_LIMIT = 2048
 #: First penalty rho. The eigenvalues of scaled Hessians have a harmonic mean of about 1.
-_RHO = 0.6
+_RHO = 0.9
 #: If the support has not changed up to this rho, it will not.
 _LATE = 2.0
 #: Iterations between checks of the support.
@@ -79,7 +79,7 @@ def alps(
     earlier: torch.Tensor | None = None,
     damp: float = 0.01,
     max_iterations: int = 300,
-    pcg_iterations: int = 6,
+    pcg_iterations: int = 4,
     growth: float = 1.15,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return the pruned and refitted weights, [out, in] in W's dtype, and the keep-mask [out, in], True for kept weights.
@@ -166,11 +166,8 @@ class _Projection:
         self._before, self.last = self.last, self.last * self._drop
 
     def take(self, Z_OI: torch.Tensor) -> None:
-        """Take the threshold from Z, [out, in], which is overwritten."""
-        size_OI = Z_OI.abs_()
-        if self.allowed is not None:
-            size_OI *= self.allowed
-        self.last = self._adjusted(size_OI) or self._threshold(size_OI)
+        """Take the threshold from Z, [out, in]."""
+        self.last = self._adjusted(Z_OI) or self._threshold(Z_OI)
         if self._before:
             self._drop, self._before = self.last / self._before, 0.0
 
@@ -189,23 +186,30 @@ class _Projection:
             out *= allowed_PI
         return out
 
-    def _adjusted(self, size_OI: torch.Tensor) -> float:
+    def _adjusted(self, Z_OI: torch.Tensor) -> float:
         """The last threshold after a step of Newton's method towards the count to keep; 0 where it is not near.
 
         This reads the matrix once. What the count is off by goes into the next step.
         """
-        if not self._density or size_OI.numel() < _SEARCHED:
+        if not self._density or Z_OI.numel() < _SEARCHED:
             return 0.0
-        flat, above = size_OI.view(-1), 0
+        flat, above = Z_OI.view(-1), 0
         size = flat.numel() if flat.is_cuda else _IN_CACHE
         scratch = torch.empty_like(flat[:size])
-        for part in torch.split(flat, size):
-            above += int(torch.gt(part, self.last, out=scratch[: part.numel()]).sum())
+        allowed = None if self.allowed is None else torch.split(self.allowed.view(-1), size)
+        for number, part in enumerate(torch.split(flat, size)):
+            size_P = torch.abs(part, out=scratch[: part.numel()])
+            if allowed is not None:
+                size_P *= allowed[number]
+            above += int(torch.gt(size_P, self.last, out=size_P).sum())
         step = (above - (self.kept or 0)) / self._density
         return self.last * (1 + step) if abs(step) < _NEAR else 0.0
 
-    def _threshold(self, size_OI: torch.Tensor) -> float:
+    def _threshold(self, Z_OI: torch.Tensor) -> float:
         """Return the largest magnitude that is not kept. A band around the last one is searched first."""
+        size_OI = Z_OI.abs()
+        if self.allowed is not None:
+            size_OI *= self.allowed
         rank = (self.kept or 0) + 1
         for band in _BANDS if self.last else ():
             above_OI = size_OI > self.last * (1 + band)
@@ -237,8 +241,7 @@ def _admm(
     """Return the paper's B after convergence, dense, [out, in]; its largest entries are the support."""
 
     def advance(rows: slice) -> None:
-        B_PI, u_PI = B_OI[rows], u_OI[rows]
-        u_PI += B_PI
+        u_PI = u_OI[rows]
         u_PI -= project(u_PI, rows, work_OI[rows])
 
     def right_hand_side(rows: slice) -> None:
@@ -256,7 +259,7 @@ def _admm(
     step = outputs if target_OI.is_cuda else max(1, _IN_CACHE // inputs)
     parts = [slice(start, start + step) for start in range(0, outputs, step)]
     if project.pattern is None:
-        project.take(work_OI.copy_(target_OI))
+        project.take(target_OI)
     support_OI = project(target_OI, slice(None), work_OI) != 0
     for rows in parts:
         right_hand_side(rows)
@@ -266,8 +269,10 @@ def _admm(
         torch.mm(work_OI, inverse_II, out=B_OI)
         if iteration == max_iterations:
             break
+        for rows in parts:
+            u_OI[rows] += B_OI[rows]
         if project.pattern is None:
-            project.take(torch.add(u_OI, B_OI, out=work_OI))
+            project.take(u_OI)
         if iteration % _CHECK:
             for rows in parts:
                 advance(rows)
