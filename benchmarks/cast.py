@@ -25,10 +25,12 @@ JOBS: dict[str, dict[str, Any]] = {
     "int4 rtn": {"weights": "int4", "method": "rtn"},
     "int4 mse": {"weights": "int4", "method": "mse"},
     "int4 untuned": {"weights": "int4", **UNTUNED},
+    "int4 balanced": {"weights": "int4"},
     "int4 best": {"weights": "int4", "effort": "best"},
     "int3 rtn": {"weights": "int3", "method": "rtn"},
     "int3 mse": {"weights": "int3", "method": "mse"},
     "int3 untuned": {"weights": "int3", **UNTUNED},
+    "int3 balanced": {"weights": "int3"},
     "int3 best": {"weights": "int3", "effort": "best"},
     "int2 balanced": {"weights": "int2"},
     "int2 best": {"weights": "int2", "effort": "best"},
@@ -42,7 +44,7 @@ JOBS: dict[str, dict[str, Any]] = {
     "50% sparse + int4": {"weights": "int4"},
 }
 #: Other tools' method beside ours; None for all.
-PEERS: dict[str, str | None] = {"best": None, "untuned": "gptq"}
+PEERS: dict[str, str | None] = {"best": None, "balanced": None, "untuned": "gptq"}
 
 
 def main() -> None:
