@@ -11,6 +11,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from itertools import combinations
+from typing import NamedTuple
 
 import torch
 
@@ -49,8 +50,20 @@ class InputMismatch:
             self.residual = {}
 
 
-#: A group, its H = Σ x̂ x̂ᵀ, its mismatch, and whether the block may be changed now.
-Measured = tuple[list[TargetLinear], InputStatistics, InputMismatch | None, bool]
+class Measured(NamedTuple):
+    """A group with what was measured of its inputs.
+
+    Attributes:
+        linears: the group. statistics: its H = Σ x̂ x̂ᵀ. mismatch: None without targets.
+        free: whether the block may be changed now.
+        waiting: number of groups that come next without another pass through the block, whatever becomes of this one.
+    """
+
+    linears: list[TargetLinear]
+    statistics: InputStatistics
+    mismatch: InputMismatch | None
+    free: bool
+    waiting: int = 0
 
 
 def statistics_of(block: Block, *, tuned: bool = False) -> Iterator[Measured]:
@@ -78,7 +91,7 @@ def symmetric_statistics(block: Block, *, tuned: bool = False) -> Iterator[Measu
         block.sum_over_processes(statistics)
         block.record(group, statistics)
         block.add_shared_inputs(group, statistics)
-        yield group, statistics, None, True
+        yield Measured(group, statistics, None, True)
         if not tuned:
             block.round(group)
     yield from _end(block, once, passage, tuned)
@@ -106,7 +119,7 @@ def asymmetric_statistics(block: Block, *, tuned: bool = False) -> Iterator[Meas
         del measured
         block.record(group, statistics)
         before = SpilledValues(block.inputs.path.parent, [linear.weight for linear in group])
-        yield group, statistics, mismatch, True
+        yield Measured(group, statistics, mismatch, True)
         if not tuned:
             block.round(group)
         del statistics, mismatch
@@ -136,15 +149,23 @@ def mismatch_of(
 
 def _end(block: Block, once: list[list[TargetLinear]], passage: Passage, tuned: bool) -> Iterator[Measured]:
     """The groups that are left. Where none are, the runner can go on with the passage."""
-    rest = [group for group in block.groups if group not in once]
+    rest = _by_shapes([group for group in block.groups if group not in once])
     if rest or tuned:
         passage.close()
     else:
         passage.seal()
         block.last_part = passage
     if rest:
-        for group, statistics, free in block.statistics(groups=rest):
-            yield group, statistics, None, free
+        for group, statistics, free, waiting in block.statistics_in_parts(groups=rest):
+            yield Measured(group, statistics, None, free, waiting)
+
+
+def _by_shapes(groups: Sequence[list[TargetLinear]]) -> list[list[TargetLinear]]:
+    """The groups with those of the same shapes behind one another, as `solve_block` takes experts together."""
+    shapes = [tuple(linear.weight.shape for linear in group) for group in groups]
+    places = {shape: place for place, shape in enumerate(dict.fromkeys(shapes))}
+    order = sorted(range(len(groups)), key=lambda i: places[shapes[i]])
+    return [groups[i] for i in order]
 
 
 def _writers(block: Block) -> list[TargetLinear]:

@@ -207,6 +207,13 @@ class Block:
         Args:
             groups: those to measure; all by default.
         """
+        for group, statistics, free, _ in self.statistics_in_parts(budget, groups):
+            yield group, statistics, free
+
+    def statistics_in_parts(
+        self, budget: int = STATISTICS_BYTES, groups: Sequence[list[TargetLinear]] | None = None
+    ) -> Iterator[tuple[list[TargetLinear], InputStatistics, bool, int]]:
+        """The same with the number of groups that come next without another pass."""
         pending = list(self.groups if groups is None else groups)
         while pending:
             part = [pending.pop(0)]
@@ -220,7 +227,7 @@ class Block:
                 self.sum_over_processes(statistics)
                 self.record(group, statistics)
                 self.add_shared_inputs(group, statistics)
-                yield group, statistics, not pending
+                yield group, statistics, not pending, len(measured)
 
     def _measure(self, groups: Sequence[list[TargetLinear]]) -> list[InputStatistics]:
         """Statistics of groups from one pass over this process's samples."""

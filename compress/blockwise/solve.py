@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Sequence
-from typing import Any, Protocol, TypeVar
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 import torch
 
-from compress.blockwise.asymmetric import InputMismatch
+from compress.blockwise.asymmetric import InputMismatch, Measured
 from compress.blockwise.block import Block
 from compress.blockwise.hessians import InputStatistics
 from compress.blockwise.linears import TargetLinear
@@ -16,8 +16,19 @@ from compress.blockwise.shares import Portion, shared_out
 from compress.distributed import ProcessGroup
 
 S = TypeVar("S")
-#: A group of linears, its statistics, its mismatch, and whether the block may be changed.
-GroupInputs = tuple[list[TargetLinear], InputStatistics, InputMismatch | None, bool]
+
+
+class GroupToSolve(NamedTuple):
+    """A group that `MatrixSolver.solve` gets next, matrix by matrix.
+
+    Attributes:
+        linears: those of this process. statistics, mismatch: of the group's inputs. shared: empty, for what `solve` gets.
+    """
+
+    linears: Sequence[TargetLinear]
+    statistics: InputStatistics
+    mismatch: InputMismatch | None
+    shared: dict[str, Any]
 
 
 class MatrixSolver(Protocol[S]):
@@ -31,17 +42,15 @@ class MatrixSolver(Protocol[S]):
         """
         return False
 
-    def prepare(
-        self,
-        linears: Sequence[TargetLinear],
-        statistics: InputStatistics,
-        mismatch: InputMismatch | None,
-        shared: dict[str, Any],
-    ) -> None:
-        """Compute for matrices with the same inputs what is computed faster for all at once; may leave ``shared`` empty.
+    def groups_together(self, linears: Sequence[TargetLinear]) -> int:
+        """The number of groups of experts of these shapes that `prepare` may get at once."""
+        return 1
+
+    def prepare(self, groups: Sequence[GroupToSolve]) -> None:
+        """Compute what is computed faster for all matrices of these groups at once; may leave ``shared`` empty.
 
         Args:
-            linears: those that `solve` gets next, one by one, with the same ``shared``.
+            groups: one, or several of experts, with matrices of the same shapes.
         """
         return
 
@@ -72,14 +81,14 @@ class MatrixSolver(Protocol[S]):
         ...
 
 
-def solve_block(block: Block, groups: Iterable[GroupInputs], solver: MatrixSolver[S]) -> dict[str, S]:
+def solve_block(block: Block, groups: Iterable[Measured], solver: MatrixSolver[S]) -> dict[str, S]:
     """Solve for each linear, by name. ``block.details["tensors"]`` gets the rows, with seconds.
 
     Processes solve at the same time: each has some matrices of every group, or some of their outputs (`shared_out`). They
     exchange solutions when the block may be changed, and at the end.
 
     Args:
-        groups: as they are measured; each group is solved before the next one is asked for, and placed as soon as the block may
+        groups: as they are measured; each is solved before another pass through the block, and placed as soon as the block may
             be changed.
     """
     processes = block.view.processes
@@ -94,18 +103,26 @@ def solve_block(block: Block, groups: Iterable[GroupInputs], solver: MatrixSolve
             rows = [processes.broadcast_object(share.worker, share.row) for share in shares]
             report[linear.name] = _joined(rows, [len(share.linear.weight) for share in shares])
 
-    for group, statistics, mismatch, free in groups:
-        shared: dict[str, Any] = {}
-        divided = shared_out(group, solver.independent_outputs, loads)
-        own = [share for shares in divided for share in shares if share.worker == processes.rank]
+    for run in _runs(groups, solver.groups_together):
+        divided = [shared_out(one.linears, solver.independent_outputs, loads) for one in run]
+        own = [[share for shares in each for share in shares if share.worker == processes.rank] for each in divided]
+        ready = [
+            GroupToSolve([share.linear for share in shares], one.statistics, one.mismatch, {})
+            for one, shares in zip(run, own, strict=True)
+        ]
         start = time.perf_counter()
-        solver.prepare([share.linear for share in own], statistics, mismatch, shared)
-        prepared = (time.perf_counter() - start) / max(1, len(own))
-        for share in own:
-            start = time.perf_counter()
-            share.solution, row = solver.solve(share.linear, statistics, mismatch, shared)
-            share.row = row | {"seconds": round(prepared + time.perf_counter() - start, 3)}
-        waiting += zip(group, divided, strict=True)
+        solver.prepare(ready)
+        each = (time.perf_counter() - start) / max(1, sum(map(len, own)))
+        for group, shares in zip(ready, own, strict=True):
+            for share in shares:
+                start = time.perf_counter()
+                share.solution, row = solver.solve(share.linear, group.statistics, group.mismatch, group.shared)
+                share.row = row | {"seconds": round(each + time.perf_counter() - start, 3)}
+            group.shared.clear()
+        for one, shares_of in zip(run, divided, strict=True):
+            waiting += zip(one.linears, shares_of, strict=True)
+        free = run[-1].free
+        del run, ready, group
         if free:
             exchange()
             for linear, _ in waiting:
@@ -115,6 +132,27 @@ def solve_block(block: Block, groups: Iterable[GroupInputs], solver: MatrixSolve
     exchange()
     block.details["tensors"] = report
     return solutions
+
+
+def _runs(groups: Iterable[Measured], most: Callable[[Sequence[TargetLinear]], int]) -> Iterator[list[Measured]]:
+    """The groups one by one; of experts, several of the same shapes that were measured by one pass. ``most``: so many."""
+    run: list[Measured] = []
+    for one in groups:
+        if run and (len(run) >= most(one.linears) or not _alike(run[0], one)):
+            yield run
+            run = []
+        run.append(one)
+        last = not one.waiting
+        del one  # its statistics may be large
+        if last:
+            yield run
+            run = []
+
+
+def _alike(one: Measured, other: Measured) -> bool:
+    shapes, others = ([linear.weight.shape for linear in group.linears] for group in (one, other))
+    experts = all(linear.owner is not None for linear in (*one.linears, *other.linears))
+    return experts and shapes == others and one.free == other.free and one.mismatch is other.mismatch is None
 
 
 def _exchanged(

@@ -33,7 +33,7 @@ def shrink(found):
     """A change that tells group from group: what is found, and weights of its sites times 0.8."""
 
     def change(block):
-        for group, statistics, mismatch, free in asymmetric_statistics(block):
+        for group, statistics, mismatch, free, _ in asymmetric_statistics(block):
             if mismatch is not None:
                 assert free
                 found[group[0].name] = (statistics, mismatch, [s.name for s in group])

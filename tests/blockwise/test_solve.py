@@ -20,7 +20,8 @@ class Halve(MatrixSolver):
     def __init__(self):
         self.solved, self.placed, self.groups = [], [], []
 
-    def prepare(self, linears, statistics, mismatch, shared):
+    def prepare(self, groups):
+        ((linears, _, _, shared),) = groups
         assert not shared
         shared["next"] = [linear.name for linear in linears]
         self.groups.append({linear.group for linear in linears})

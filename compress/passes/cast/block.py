@@ -23,7 +23,7 @@ from compress.blockwise.reconstruct import (
     trainable_floats,
 )
 from compress.blockwise.results import TensorExtras, extras_by_tensor
-from compress.blockwise.solve import MatrixSolver, solve_block
+from compress.blockwise.solve import GroupToSolve, MatrixSolver, solve_block
 from compress.blockwise.spilled import SpilledByName
 from compress.checkpoint.values import Checkpoint, Codes, torch_dtype
 from compress.passes.base import Context
@@ -31,7 +31,14 @@ from compress.passes.blockwise import open_runner
 from compress.passes.cast.global_scales import GlobalScales
 from compress.passes.cast.plan import FINE
 from compress.passes.cast.settings import CastSettings
-from compress.passes.cast.solve import Case, compact, compensate_together, solve_matrix
+from compress.passes.cast.solve import (
+    Case,
+    CaseGroup,
+    compact,
+    compensate_together,
+    experts_together,
+    solve_matrix,
+)
 from compress.passes.cast.trellis import TrellisRounded, solve_trellis
 from compress.sensitivity.output_curvature import Gradients
 from compress.solvers.quant_format import Scales, dequantize, fit, to_codes
@@ -119,15 +126,14 @@ class CastSolver(MatrixSolver[Rounded | TrellisRounded]):
         alone = quant_format.is_integer and quant_format.height(len(linear.weight)) == 1
         return alone and not quant_format.is_trellis and linear.name not in self._coupled
 
-    def prepare(
-        self,
-        linears: Sequence[TargetLinear],
-        statistics: InputStatistics,
-        mismatch: InputMismatch | None,
-        shared: dict[str, Any],
-    ) -> None:
-        """Round small matrices with the same inputs and formats by one pass over their columns."""
-        compensate_together([self._case(linear) for linear in linears], statistics, mismatch, shared)
+    def groups_together(self, linears: Sequence[TargetLinear]) -> int:
+        """So many that a step of GPTQ takes longer than its calls."""
+        return experts_together(linears)
+
+    def prepare(self, groups: Sequence[GroupToSolve]) -> None:
+        """Round small matrices with the same inputs and formats by one pass over their columns, and small experts too."""
+        cases = [[self._case(linear) for linear in group.linears] for group in groups]
+        compensate_together([CaseGroup(own, *group[1:]) for own, group in zip(cases, groups, strict=True) if own])
 
     def solve(
         self, linear: TargetLinear, statistics: InputStatistics, mismatch: InputMismatch | None, shared: dict[str, Any]

@@ -11,7 +11,7 @@ import torch
 from compress.blockwise.asymmetric import InputMismatch
 from compress.blockwise.hessians import InputStatistics
 from compress.blockwise.linears import TargetLinear
-from compress.solvers.gptq import act_order_factor, asymmetric_target, gptq
+from compress.solvers.gptq import act_order_factor, asymmetric_target, gptq, gptq_batch
 from compress.solvers.hessian import damped, damped_diagonal
 from compress.solvers.memory import parts_of
 from compress.solvers.quant_format import Scales, fit, integer_codes, scaled
@@ -23,6 +23,8 @@ from compress.spec.formats import QuantFormat
 _ROUNDS = 3
 #: Weights up to which matrices with the same inputs go through GPTQ together, on a CPU and on a GPU.
 _TOGETHER = (1 << 22, 1 << 25)
+#: The same for experts: weights of a group up to which several groups go together, and of all their weights and factors.
+_EXPERTS = ((1 << 17, 1 << 20), (1 << 25, 1 << 26))
 
 
 class Case(NamedTuple):
@@ -47,35 +49,83 @@ class _Compensated(NamedTuple):
     scales: Scales
 
 
-def compensate_together(
-    cases: Sequence[Case], statistics: InputStatistics, mismatch: InputMismatch | None, shared: dict[str, Any]
-) -> None:
-    """GPTQ of matrices with the same inputs as of one matrix with all their outputs, which do not depend on one another.
+#: Weights [O, I] to come near to, scales, and keep-mask of several matrices, all outputs in a row.
+_Stacked = tuple[torch.Tensor, Scales, torch.Tensor | None]
 
-    A step of GPTQ on a small matrix takes less time than its calls. Larger matrices, different formats and matrices of which
-    some have a keep-mask are left to `solve_matrix`.
 
-    Args:
-        shared: gets the results, for `solve_matrix`.
+class CaseGroup(NamedTuple):
+    """Matrices with the same inputs, what was measured of these, and results for `solve_matrix`, which are computed once."""
+
+    cases: Sequence[Case]
+    statistics: InputStatistics
+    mismatch: InputMismatch | None
+    shared: dict[str, Any]
+
+
+def experts_together(linears: Sequence[TargetLinear]) -> int:
+    """How many experts with these matrices go through GPTQ together; larger ones fill a processor each."""
+    inputs, outputs = linears[0].weight.shape[1], sum(len(linear.weight) for linear in linears)
+    most, in_all = _EXPERTS[linears[0].weight.device.type == "cuda"]
+    return max(1, in_all // (inputs * (inputs + outputs))) if inputs * outputs <= most else 1
+
+
+def compensate_together(groups: Sequence[CaseGroup]) -> None:
+    """GPTQ of matrices with the same inputs as of one matrix with all their outputs, and of several such groups at once.
+
+    Outputs do not depend on one another, and a step of GPTQ on a small matrix takes less time than its calls. Left to
+    `solve_matrix` are larger matrices, different formats, matrices of which some have a keep-mask, and experts without tokens.
     """
-    quant_formats, masks = {case.quant_format for case in cases}, [case.keep for case in cases if case.keep is not None]
-    count = sum(case.linear.weight.numel() for case in cases)
-    if len(cases) < 2 or len(quant_formats) > 1 or len(masks) not in (0, len(cases)) or not statistics.tokens:
+    alike = [group for group in groups if _fit_together(group, alone=len(groups) > 1)]
+    if not alike or len({(group.cases[0].quant_format, group.cases[0].keep is None) for group in alike}) > 1:
         return
-    quant_format = cases[0].quant_format
-    if quant_format.is_trellis or count > _TOGETHER[statistics.hessian.device.type == "cuda"]:
-        return
-    targets = [_target(case, statistics, mismatch, shared) for case in cases]
+    targets = [[_target(case, *group[1:]) for case in group.cases] for group in alike]
+    stacked = [_stacked(group, own) for group, own in zip(alike, targets, strict=True)]
+    if len(alike) == 1:
+        shared, (weight, scales, keep) = alike[0].shared, stacked[0]
+        updated = [gptq(weight, shared["factor"], shared["order"], alike[0].cases[0].quant_format, scales, keep)]
+    else:
+        updated = list(_gptq_of_groups(alike, stacked))
+    del stacked
+    for group, own, new in zip(alike, targets, updated, strict=True):
+        parts = torch.split(new, [len(weight) for weight, _ in own])
+        group.shared["compensated"] = {
+            case.linear.name: _Compensated(weight, part, scale)
+            for case, (weight, scale), part in zip(group.cases, own, parts, strict=True)
+        }
+
+
+def _fit_together(group: CaseGroup, *, alone: bool) -> bool:
+    """Whether the matrices of a group may be taken together; ``alone``: a group of one matrix too."""
+    quant_formats = {case.quant_format for case in group.cases}
+    masks = sum(case.keep is not None for case in group.cases)
+    if len(quant_formats) != 1 or masks not in (0, len(group.cases)) or not group.statistics.tokens:
+        return False
+    weights = [case.linear.weight for case in group.cases]
+    small = sum(weight.numel() for weight in weights) <= _TOGETHER[weights[0].device.type == "cuda"]
+    return small and len(weights) > 1 - alone and not quant_formats.pop().is_trellis
+
+
+def _stacked(group: CaseGroup, targets: Sequence[tuple[torch.Tensor, Scales]]) -> _Stacked:
+    """The targets of a group's matrices, their scales and keep-masks, all outputs in a row."""
     weights, scales = zip(*targets, strict=True)
     zeros = [scale.zero for scale in scales if scale.zero is not None]
+    masks = [case.keep for case in group.cases if case.keep is not None]
     together = Scales(torch.cat([scale.scale for scale in scales]), torch.cat(zeros) if zeros else None)
-    keep = torch.cat(masks) if masks else None
-    updated = gptq(torch.cat(weights), shared["factor"], shared["order"], quant_format, together, keep)
-    parts = torch.split(updated, [len(weight) for weight in weights])
-    shared["compensated"] = {
-        case.linear.name: _Compensated(weight, part, scale)
-        for case, (weight, scale), part in zip(cases, targets, parts, strict=True)
-    }
+    return torch.cat(weights), together, torch.cat(masks) if masks else None
+
+
+def _gptq_of_groups(groups: Sequence[CaseGroup], stacked: Sequence[_Stacked]) -> torch.Tensor:
+    """Compensated weights of groups with the same shapes [E, O, I]."""
+    weights, scales, masks = zip(*stacked, strict=True)
+    zeros = [scale.zero for scale in scales if scale.zero is not None]
+    return gptq_batch(
+        torch.stack(weights),
+        torch.stack([group.shared["factor"] for group in groups]),
+        torch.stack([group.shared["order"] for group in groups]),
+        groups[0].cases[0].quant_format,
+        Scales(torch.stack([scale.scale for scale in scales]), torch.stack(zeros) if zeros else None),
+        None if masks[0] is None else torch.stack(masks),
+    )
 
 
 def _target(
@@ -85,7 +135,9 @@ def _target(
     weight, H = case.linear.weight.float().contiguous(), statistics.hessian
     if "order" not in shared:
         shared["order"], factor, shared["damping"] = act_order_factor(H)
-        shared["whole"], shared["factor"] = factor, factor.float()
+        shared["factor"] = factor.float()
+        if mismatch is not None:
+            shared["whole"] = factor
     if mismatch is not None:
         residual = mismatch.residual.get(case.linear.name)
         if residual is not None and case.linear.outputs is not None:
