@@ -118,14 +118,12 @@ def test_damage_follows_from_its_seed(pico_llama):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("campaign", "count"), [("checkpoints", 400), ("recipes", 400), ("runs", 60)])
+@pytest.mark.parametrize(("campaign", "count"), [("checkpoints", 400), ("recipes", 250), ("runs", 60)])
 def test_a_short_campaign_with_a_new_seed(campaign, count, tmp_path):
     seed = time.time_ns() // 1000 % 10**9
     options = [
         "--count",
         str(count),
-        "--seconds",
-        "40",
         "--seed",
         str(seed),
         "--keep",
@@ -142,7 +140,7 @@ def test_a_short_campaign_with_a_new_seed(campaign, count, tmp_path):
     )
     entry = json.loads(Path(tmp_path / "l.json").read_text())["entries"][0]
     assert (entry["seed"], entry["failures"]) == (seed, [])
-    assert entry["cases"] >= 10
+    assert entry["cases"] == count
 
 
 @pytest.mark.slow
