@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from itertools import combinations
 from typing import NamedTuple
 
@@ -17,6 +17,7 @@ import torch
 
 from compress.blockwise.activations import Activations
 from compress.blockwise.block import Block
+from compress.blockwise.correction import HeldOutTokens, InputMismatch, choose, held_out, tokens_of_each
 from compress.blockwise.experts import unfused
 from compress.blockwise.hessians import InputStatistics, counted, empty_statistics, hessian_dtype, tensor_cores
 from compress.blockwise.linears import TargetLinear, record_outputs
@@ -25,29 +26,6 @@ from compress.blockwise.spilled import SpilledValues
 
 #: Largest part of a block's output less its input that the matrices that write to the residual stream may leave unexplained.
 _UNEXPLAINED = 1e-4
-
-
-@dataclass
-class InputMismatch:
-    """Sums over tokens; x and r belong to the original, x̂ and r̂ to the model as it is now.
-
-    Attributes:
-        inputs: Σ (x - x̂) x̂ᵀ [I, I].
-        residual: Σ (r - r̂) x̂ᵀ [O, I] by the name of each linear that writes to the residual stream; its outputs are added
-            to r.
-        readers: number of linears that are still to read them; 0 keeps the sums.
-    """
-
-    inputs: torch.Tensor
-    residual: dict[str, torch.Tensor] = field(default_factory=dict)
-    readers: int = 0
-
-    def release(self) -> None:
-        """One linear of ``readers`` has read the sums; they are freed after the last one."""
-        self.readers -= 1
-        if self.readers == 0:
-            self.inputs = self.inputs.new_empty(0)
-            self.residual = {}
 
 
 class Measured(NamedTuple):
@@ -141,7 +119,7 @@ def mismatch_of(
 ) -> tuple[InputStatistics, InputMismatch] | None:
     """Statistics of a group, and how ``changed`` has moved its inputs, on the block's own inputs; see `_measured`."""
     now, then = (Passage(block, [group], {}, taped=False) for _ in range(2))
-    measured = _measured(replace(block, originals=block.inputs), group, None, (now, then, 0), changed)
+    measured = _measured(replace(block, originals=block.inputs), group, None, (now, then, 0), changed, hold=False)
     now.close()
     then.close()
     return measured
@@ -197,6 +175,8 @@ def _measured(
     earlier: Sequence[TargetLinear] | None,
     stop: tuple[Passage, Passage, int],
     changed: Sequence[SpilledValues],
+    *,
+    hold: bool = True,
 ) -> tuple[InputStatistics, InputMismatch] | None:
     """Statistics and mismatch of a group; None where the two read other numbers of tokens, as experts that a router chooses.
 
@@ -204,44 +184,110 @@ def _measured(
         earlier: linears that write to the residual stream before the group does; None where it does not.
         stop: samples on their way through the block as it is and through the original, which has come to that stop.
         changed: what differs between the two.
+        hold: leave some samples out of all sums, which say how far to follow the mismatch.
     """
-    assert block.originals is not None
-    now, then, number = stop
     width = group[0].weight.shape[1]
 
     def zeros(rows: int) -> torch.Tensor:
         return torch.zeros(rows, width, dtype=hessian_dtype(width), device=block.view.device)
 
-    statistics = InputStatistics(zeros(width))
-    mismatch = InputMismatch(
-        zeros(width), {s.name: zeros(len(s.weight)) for s in group if earlier is not None}, len(group)
-    )
-    differing = 0
-    for batch, (rows, (x_now, *outputs)) in enumerate(now.advance(number)):
-        with _restored(changed) if then.starts_anew(number, batch) else nullcontext():
-            x_then, *outputs_then = then.waiting(number, batch)
-        masks = block.token_masks(rows)
-        x_now, x_then = (counted(group[0].rows(x.float()), masks) for x in (x_now, x_then))
-        residual = None
-        if earlier is not None:
-            residual = counted(_residual(block, block.inputs, rows, earlier, outputs), masks)
-        if len(x_then) != len(x_now) or (residual is not None and len(residual) != len(x_now)):
+    statistics, held = InputStatistics(zeros(width)), HeldOutTokens()
+    writers = {linear.name: zeros(len(linear.weight)) for linear in group if earlier is not None}
+    mismatch = InputMismatch(zeros(width), writers, len(group))
+    left_out = held_out(block.view.samples) if hold else set()
+    most, differing = tokens_of_each(block.view.samples, width), 0
+    for tokens in _token_pairs(block, group, earlier, stop, changed):
+        if tokens is None:
             differing += 1
             continue
-        statistics.add(x_now)
-        with tensor_cores(x_now, tiles=True):
-            mismatch.inputs += (x_then - x_now).T @ x_now
-        if residual is not None and earlier is not None:
-            residual_then = counted(_residual(block, block.originals, rows, earlier, outputs_then), masks)
-            with tensor_cores(x_now, tiles=True):
+        if tokens.samples is not None and left_out.intersection(tokens.rows):
+            for row in left_out.intersection(tokens.rows):
+                held.add(*tokens.some((tokens.samples == row).nonzero()[:most, 0]), writers)
+            fit = torch.tensor([row not in left_out for row in tokens.samples.tolist()], device=tokens.now.device)
+            now, moved, lacking = tokens.some(fit)
+        else:
+            now, moved, lacking = tokens.some(slice(None))
+        statistics.add(now)
+        with tensor_cores(now, tiles=True):
+            mismatch.inputs += moved.T @ now
+            if lacking is not None:
                 for total in mismatch.residual.values():
-                    total += (residual_then - residual).T @ x_now
+                    total += lacking.T @ now
     if block.view.processes.reduce_sum(differing)[0]:
         return None
     statistics.finish()
     block.sum_over_processes(statistics, mismatch.inputs, *mismatch.residual.values())
+    if hold:
+        choose(group, statistics.hessian, mismatch, held, block.view.processes)
     block.add_shared_inputs(group, statistics)
     return statistics, mismatch
+
+
+@dataclass(frozen=True)
+class _Tokens:
+    """Tokens of some samples in front of a group.
+
+    Attributes:
+        rows: numbers of the samples. samples: that of each token [T]; None where it is not known.
+        now: x̂ [T, I]. moved: x - x̂ [T, I]. lacking: r - r̂ [T, O] where the group writes to the residual stream.
+    """
+
+    rows: list[int]
+    samples: torch.Tensor | None
+    now: torch.Tensor
+    moved: torch.Tensor
+    lacking: torch.Tensor | None
+
+    def some(self, which: torch.Tensor | slice) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+        """``now``, ``moved`` and ``lacking`` of some tokens."""
+        return self.now[which], self.moved[which], None if self.lacking is None else self.lacking[which]
+
+
+def _token_pairs(
+    block: Block,
+    group: list[TargetLinear],
+    earlier: Sequence[TargetLinear] | None,
+    stop: tuple[Passage, Passage, int],
+    changed: Sequence[SpilledValues],
+) -> Iterator[_Tokens | None]:
+    """The tokens that count, batch by batch; None where the two read other numbers. Arguments are those of `_measured`.
+
+    In front of linears that write to the residual stream each token is divided by the size of that stream behind them.
+    """
+    assert block.originals is not None
+    now, then, number = stop
+    for batch, (rows, (x_now, *outputs)) in enumerate(now.advance(number)):
+        with _restored(changed) if then.starts_anew(number, batch) else nullcontext():
+            x_then, *outputs_then = then.waiting(number, batch)
+        masks = block.token_masks(rows)
+        samples = _samples_of_tokens(group[0].rows(x_now), rows, masks)
+        x_now, x_then = (counted(group[0].rows(x.float()), masks) for x in (x_now, x_then))
+        if earlier is None:
+            yield _Tokens(rows, samples, x_now, x_then - x_now, None) if len(x_then) == len(x_now) else None
+            continue
+        stream = counted(_residual(block, block.inputs, rows, earlier, outputs), masks)
+        if len(x_then) != len(x_now) or len(stream) != len(x_now):
+            yield None
+            continue
+        original = counted(_residual(block, block.originals, rows, earlier, outputs_then), masks)
+        weight = _weights(original, x_then, group)
+        yield _Tokens(rows, samples, x_now * weight, (x_then - x_now) * weight, (original - stream) * weight)
+
+
+def _weights(stream: torch.Tensor, x: torch.Tensor, writers: Sequence[TargetLinear]) -> torch.Tensor:
+    """One over the root mean square of each token's residual stream behind the writers, [T, 1].
+
+    The norm in front of what reads it divides by that.
+    """
+    for linear in writers:
+        stream = stream + x @ linear.weight.float().T
+    return stream.square().mean(-1, keepdim=True).clamp(min=1e-12).rsqrt()
+
+
+def _samples_of_tokens(x: torch.Tensor, rows: Sequence[int], masks: Sequence[torch.Tensor]) -> torch.Tensor | None:
+    """The sample of each token of x [T, …] that counts, of those samples; None where they have not as many tokens each."""
+    each, rest = divmod(len(x), len(rows))
+    return None if rest else counted(torch.tensor(rows, device=x.device).repeat_interleave(each), masks)
 
 
 def _residual(

@@ -8,8 +8,9 @@ from typing import Any, NamedTuple, Protocol, TypeVar
 
 import torch
 
-from compress.blockwise.asymmetric import InputMismatch, Measured
+from compress.blockwise.asymmetric import Measured
 from compress.blockwise.block import Block
+from compress.blockwise.correction import InputMismatch
 from compress.blockwise.hessians import InputStatistics
 from compress.blockwise.linears import TargetLinear
 from compress.blockwise.shares import Portion, shared_out

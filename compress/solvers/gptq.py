@@ -12,7 +12,7 @@ from typing import TypeAlias
 import torch
 
 from compress.solvers.codebook import borders_of
-from compress.solvers.hessian import inverse_factor
+from compress.solvers.hessian import check_finite, damped, inverse_factor
 from compress.solvers.memory import parts_of
 from compress.solvers.quant_format import Scales, nearest
 from compress.spec.formats import QuantFormat
@@ -193,35 +193,41 @@ def compensated(
     return result_IO.t().to(W_OI.dtype).contiguous()  # `to` alone may hand back the transposed view
 
 
-def asymmetric_target(
-    W_OI: torch.Tensor,
-    mismatch_II: torch.Tensor,
-    residual_OI: torch.Tensor | None,
-    U_II: torch.Tensor,
-    order_I: torch.Tensor,
-) -> torch.Tensor:
-    """Return V = W + (W Δ + R) H⁻¹, [out, in] in W's dtype: W corrected for the error of earlier matrices.
+def ridge_factor(H_II: torch.Tensor, ridge: float) -> torch.Tensor:
+    """Return the lower triangular L with L Lᵀ = H + λ, [in, in] in H's dtype; λ is ``ridge`` times the mean of H's diagonal.
+
+    The ridge grows tenfold until there is one.
+
+    Raises:
+        ValueError: H holds NaN or infinite values.
+    """
+    check_finite(H_II)
+    while True:
+        work_II = damped(H_II, ridge)[0].mT  # column-major as LAPACK wants it: a symmetric matrix is its own transpose
+        failed = torch.empty((), dtype=torch.int32, device=H_II.device)
+        torch.linalg.cholesky_ex(work_II, out=(work_II, failed))
+        if not int(failed):
+            return work_II
+        ridge *= 10
+
+
+def asymmetric_target(W_OI: torch.Tensor, pull: Callable[[slice], torch.Tensor], L_II: torch.Tensor) -> torch.Tensor:
+    """Return V = W + (W Δ + R) (H + λ)⁻¹, [out, in] in W's dtype: W corrected for the error of earlier matrices.
 
     With x the original's inputs and x̂ the present ones, V minimises Σ ||V x̂ - W x - r||² + λ ||V - W||², where r is what the
-    residual stream lacks and λ the damping of H. Write V = W + D. Then V x̂ - W x - r = D x̂ - (W (x - x̂) + r), and the
-    derivative by D is zero at D (H + λ) = Σ (W (x - x̂) + r) x̂ᵀ = W Δ + R.
+    residual stream lacks. Write V = W + D. Then V x̂ - W x - r = D x̂ - (W (x - x̂) + r), and the derivative by D is zero at
+    D (H + λ) = Σ (W (x - x̂) + r) x̂ᵀ = W Δ + R.
 
     Args:
         W_OI: the original's weights, [out, in], any float dtype.
-        mismatch_II: Δ = Σ (x - x̂) x̂ᵀ, [in, in]; the work is done in its dtype.
-        residual_OI: R = Σ r x̂ᵀ, [out, in]; None for zero.
-        U_II: upper triangular with Uᵀ U = (H + λ)⁻¹, H = Σ x̂ x̂ᵀ, rows and columns in ``order_I``.
+        pull: returns W Δ + R of some outputs, [out, in], in L's dtype; Δ = Σ (x - x̂) x̂ᵀ, R = Σ r x̂ᵀ.
+        L_II: lower triangular with L Lᵀ = H + λ, H = Σ x̂ x̂ᵀ; see `ridge_factor`.
 
     Source: the objective of GPTAQ (arXiv 2504.02692), solved before rounding instead of column by column.
     """
     target_OI = torch.empty_like(W_OI)
     for rows in parts_of(W_OI):  # outputs do not depend on one another
-        pull_PI = W_OI[rows].to(mismatch_II.dtype) @ mismatch_II
-        if residual_OI is not None:
-            pull_PI += residual_OI[rows]
-        change_PI = torch.empty_like(pull_PI)
-        change_PI[:, order_I] = (pull_PI[:, order_I] @ U_II.T) @ U_II
-        target_OI[rows] = W_OI[rows] + change_PI
+        target_OI[rows] = W_OI[rows] + torch.cholesky_solve(pull(rows).T, L_II).T
     return target_OI
 
 

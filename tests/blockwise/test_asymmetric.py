@@ -5,11 +5,15 @@ from __future__ import annotations
 import pytest
 import torch
 
+from compress.architectures.model_map import model_map
 from compress.blockwise.asymmetric import asymmetric_statistics
+from compress.blockwise.correction import HeldOutTokens, InputMismatch, choose, corrected, held_out
 from compress.blockwise.hessians import tensor_cores
 from compress.blockwise.inputs import Inputs
+from compress.blockwise.linears import TargetLinear
 from compress.checkpoint.open import open_checkpoint
 from compress.checkpoint.values import Derived
+from compress.distributed import ProcessGroup
 from compress.models.loading import load_checkpoint
 from tests import pico
 from tests.toolbox import inputs_of, runner_of
@@ -98,10 +102,18 @@ def test_input_mismatch_matches_two_whole_models(family, tmp_path):
             statistics, mismatch, _ = found[name]
             (x, r), (x_now, r_now) = (seen(m, checkpoint, inputs, name, pair) for m in (original, now))
             x, r, x_now, r_now = x.double(), r.double(), x_now.double(), r_now.double()
-            assert statistics.tokens == len(x)
-            close(statistics.hessian, x_now.T @ x_now)
-            close(mismatch.inputs, (x - x_now).T @ x_now)
-            close(mismatch.residual[name], (r - r_now).T @ x_now)
+            # each token counts by the inverse of its residual stream's size behind the matrix
+            weight = checkpoint.tensor(name).data.double()
+            behind = r + x @ (weight if model_map(checkpoint.spec).linears[name].transposed else weight.T)
+            size = behind.square().mean(-1, keepdim=True).sqrt()
+            x, r, x_now, r_now = x / size, r / size, x_now / size, r_now / size
+            # the last sample is left out
+            fit = slice(0, len(x) - len(x) // inputs.samples)
+            assert held_out(inputs.samples) == {inputs.samples - 1}
+            assert statistics.tokens == fit.stop
+            close(statistics.hessian, x_now[fit].T @ x_now[fit])
+            close(mismatch.inputs, (x - x_now)[fit].T @ x_now[fit])
+            close(mismatch.residual[name], (r - r_now)[fit].T @ x_now[fit])
     if not writers:  # inputs drift all the same, from the second block on
         assert any(float(mismatch.inputs.abs().max()) > 0 for _, mismatch, _ in found.values())
 
@@ -135,3 +147,51 @@ def test_sums_of_wide_mismatches_may_round_their_values_and_leave_the_precision_
     assert torch.get_float32_matmul_precision() == before
     wanted = x.double().T @ y.double()
     assert float((found - wanted).norm() / wanted.norm()) < bound
+
+
+def _drifted(tokens, noise, seed=0):
+    """A layer whose inputs have moved by a matrix, and noise besides: H, sums of the fit, held-out tokens, and the layer."""
+    generator = torch.Generator().manual_seed(seed)
+    mixed, moving = torch.randn(2, 48, 48, generator=generator).unbind()
+    module = torch.nn.Linear(48, 24, bias=False)
+    linear = TargetLinear("a", "a", module.weight.detach(), False, module)
+
+    def draw(count):
+        x = torch.randn(count, 48, generator=generator) @ mixed / 7
+        return x, x @ moving / 70 + noise * torch.randn(count, 48, generator=generator)
+
+    (x, moved), (x_held, moved_held) = draw(tokens), draw(512)
+    H = (x.T @ x).double()
+    mismatch = InputMismatch((moved.T @ x).double(), readers=1)
+    held = HeldOutTokens()
+    held.add(x_held, moved_held, None, [])
+    return linear, H, mismatch, held, draw(2000)
+
+
+@pytest.mark.parametrize("noise", [0.0, 0.3])
+def test_a_correction_is_as_strong_as_held_out_tokens_say(noise):
+    linear, H, mismatch, held, (x, moved) = _drifted(100, noise)
+    choose([linear], H, mismatch, held, ProcessGroup())
+    strong = noise == 0
+    assert (mismatch.shares["a"] > 0.9 and mismatch.ridge < 0.1) == strong
+    weight = linear.weight.float()
+
+    def lost(change):
+        return float((moved @ weight.T - x @ change.T).square().sum())
+
+    chosen = lost(corrected(linear, weight, H, mismatch, {}) - weight)
+    assert mismatch.inputs.numel() == 0
+    full = lost(torch.linalg.solve(x.T @ x, (moved.T @ x).T @ weight.T).T)  # all that a linear correction can do
+    assert full <= chosen <= lost(torch.zeros(24, 48)) * (0.2 if strong else 1.0)
+
+
+def test_noise_alone_is_not_followed():
+    linear, H, mismatch, held, _ = _drifted(100, 0.3)
+    held.moved = [torch.randn(512, 48, generator=torch.Generator().manual_seed(3))]
+    mismatch.inputs = torch.randn(48, 48, generator=torch.Generator().manual_seed(4)).double() * 10
+    choose([linear], H, mismatch, held, ProcessGroup())
+    assert mismatch.shares["a"] < 0.1
+
+
+def test_some_samples_are_held_out():
+    assert [sorted(held_out(samples)) for samples in (1, 2, 16, 17, 64)] == [[], [1], [15], [16], [15, 31, 47, 63]]

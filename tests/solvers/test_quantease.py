@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from compress.solvers.gptq import act_order_factor, asymmetric_target, gptq
+from compress.solvers.gptq import act_order_factor, asymmetric_target, gptq, ridge_factor
 from compress.solvers.hessian import damped
 from compress.solvers.quant_format import Scales, code_range, fit, integer_codes
 from compress.solvers.quantease import quantease
@@ -120,11 +120,12 @@ def test_asymmetric_target_matches_least_squares(with_residual):
     r = 0.5 * torch.randn(60, 5, generator=generator).double() if with_residual else None
     W, now, then = W.double(), now.double(), then.double()
     H = now.T @ now
-    order, U, damping = act_order_factor(H)
-    found = asymmetric_target(W, (then - now).T @ now, None if r is None else r.T @ now, U, order)
+    L, ridge = ridge_factor(H, 0.3), 0.3
+    pull = W @ (then - now).T @ now + (0 if r is None else r.T @ now)
+    found = asymmetric_target(W, lambda rows: pull[rows], L)
     wanted = then @ W.T + (0 if r is None else r)
-    # damping is a penalty on what V differs from W
-    damp = (damping * H.diagonal().mean()).sqrt() * torch.eye(12, dtype=torch.float64)
+    # the ridge is a penalty on what V differs from W
+    damp = (ridge * H.diagonal().mean()).sqrt() * torch.eye(12, dtype=torch.float64)
     left, right = torch.cat([now, damp]), torch.cat([wanted, damp @ W.T])
     torch.testing.assert_close(found, torch.linalg.lstsq(left, right).solution.T)
-    assert torch.equal(asymmetric_target(W, torch.zeros_like(H), None, U, order), W)
+    assert torch.equal(asymmetric_target(W, lambda rows: torch.zeros_like(pull)[rows], L), W)

@@ -10,8 +10,9 @@ from typing import Any
 import torch
 
 from compress.architectures.model_map import model_map
-from compress.blockwise.asymmetric import InputMismatch, statistics_of, symmetric_statistics
+from compress.blockwise.asymmetric import statistics_of, symmetric_statistics
 from compress.blockwise.block import Block
+from compress.blockwise.correction import InputMismatch
 from compress.blockwise.hessians import InputStatistics
 from compress.blockwise.linears import TargetLinear
 from compress.blockwise.memory_budget import SAMPLES_PER_STEP

@@ -168,8 +168,9 @@ class CastSettings(PassSettings):
     error_correction: Annotated[list[Correction], AfterValidator(_corrections)] = Field(
         default_factory=EFFORTS.of("error_correction"),
         description="With `method: gptq`, below 6 bits: methods that reduce the error further. `asymmetric`: each matrix "
-        "matches the original's outputs on the original's inputs, so it corrects the error of earlier layers (GPTAQ, arXiv "
-        "2504.02692). `alternating`: improve codes and scales in turns (QuantEase, arXiv 2309.01885). `curvature`: weigh "
+        "matches the original's outputs on the original's inputs, so it corrects the error of earlier layers, as far as "
+        "held-out samples confirm it (GPTAQ, arXiv 2504.02692). `alternating`: improve codes and scales in turns "
+        "(QuantEase, arXiv 2309.01885). `curvature`: weigh "
         "output errors by their effect on the loss (YAQA, arXiv 2505.22988). It needs a model that predicts tokens and is "
         "skipped for others. It takes gradients of some tokens, with one block in memory and one float per token, "
         "hidden channel and block on disk. With an empty list and `reconstruction_epochs: 0`, GPTQ runs alone.",

@@ -8,10 +8,10 @@ from typing import Any, NamedTuple
 
 import torch
 
-from compress.blockwise.asymmetric import InputMismatch
+from compress.blockwise.correction import InputMismatch, corrected
 from compress.blockwise.hessians import InputStatistics
 from compress.blockwise.linears import TargetLinear
-from compress.solvers.gptq import act_order_factor, asymmetric_target, gptq, gptq_batch
+from compress.solvers.gptq import act_order_factor, gptq, gptq_batch
 from compress.solvers.hessian import damped, damped_diagonal
 from compress.solvers.memory import parts_of
 from compress.solvers.quant_format import Scales, fit, integer_codes, scaled
@@ -133,17 +133,11 @@ def _target(
 ) -> tuple[torch.Tensor, Scales]:
     """The weights [O, I] that a matrix should come near to, float32, and its scales."""
     weight, H = case.linear.weight.float().contiguous(), statistics.hessian
+    if mismatch is not None:
+        weight = corrected(case.linear, weight, H, mismatch, shared)
     if "order" not in shared:
         shared["order"], factor, shared["damping"] = act_order_factor(H)
         shared["factor"] = factor.float()
-        if mismatch is not None:
-            shared["whole"] = factor
-    if mismatch is not None:
-        residual = mismatch.residual.get(case.linear.name)
-        if residual is not None and case.linear.outputs is not None:
-            residual = residual[case.linear.outputs]
-        weight = asymmetric_target(weight, mismatch.inputs, residual, shared["whole"], shared["order"])
-        mismatch.release()
     return weight, fit(weight, case.quant_format, H.diagonal(), case.keep, case.overall)
 
 

@@ -7,12 +7,12 @@ from typing import Any
 
 import torch
 
-from compress.blockwise.asymmetric import InputMismatch
+from compress.blockwise.correction import InputMismatch, corrected
 from compress.blockwise.hessians import InputStatistics
 from compress.blockwise.linears import TargetLinear
 from compress.checkpoint.storage.trellis import rotate
 from compress.checkpoint.values import Codes
-from compress.solvers.gptq import act_order_factor, asymmetric_target
+from compress.solvers.gptq import act_order_factor
 from compress.solvers.hessian import damped
 from compress.solvers.quant_format import dequantize
 from compress.solvers.trellis import trellis_gptq, trellis_nearest, values_of
@@ -64,11 +64,7 @@ def solve_trellis(
         return TrellisRounded(linear, quant_format, *trellis_nearest(weight, bits)), {"error": None, "note": note}
     H = statistics.hessian
     if mismatch is not None:
-        if "order" not in shared:
-            shared["order"], shared["whole"], _ = act_order_factor(H)
-        residual = mismatch.residual.get(linear.name)
-        weight = asymmetric_target(weight, mismatch.inputs, residual, shared["whole"], shared["order"])
-        mismatch.release()
+        weight = corrected(linear, weight, H, mismatch, shared)
     if "turned" not in shared:
         turned = rotate(rotate(H).t()).contiguous()
         order, factor, damping = act_order_factor(turned)

@@ -9,8 +9,9 @@ from typing import Any
 
 import torch
 
-from compress.blockwise.asymmetric import InputMismatch, statistics_of
+from compress.blockwise.asymmetric import statistics_of
 from compress.blockwise.block import Block
+from compress.blockwise.correction import InputMismatch, corrected
 from compress.blockwise.hessians import InputStatistics
 from compress.blockwise.linears import TargetLinear
 from compress.blockwise.probe import ProbeFn
@@ -23,7 +24,6 @@ from compress.blockwise.reconstruct import (
 )
 from compress.blockwise.results import TensorExtras
 from compress.blockwise.solve import MatrixSolver, solve_block
-from compress.solvers.gptq import act_order_factor, asymmetric_target
 from compress.solvers.low_rank import low_rank
 
 
@@ -137,14 +137,7 @@ def _solve(
     weight = before = linear.weight.float().contiguous()
     hessian = statistics.hessian
     if mismatch is not None:
-        if "order" not in shared:
-            shared["order"], shared["factor"], _ = act_order_factor(hessian)
-        weight = asymmetric_target(
-            weight, mismatch.inputs, mismatch.residual.get(linear.name), shared["factor"], shared["order"]
-        )
-        mismatch.release()
-        if not mismatch.readers:  # all matrices of the group have their target
-            shared.clear()
+        weight = corrected(linear, weight, hessian, mismatch, shared)
     up, down, _, damping = low_rank(weight, hessian, rank)
     row: dict[str, Any] = {"error": statistics.relative_error(before, up @ down)}
     if damping > 1e-6:

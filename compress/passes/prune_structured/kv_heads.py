@@ -6,6 +6,7 @@ The block keeps its shape: merged heads have equal weights, which computes the s
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ from compress.blockwise.block import Block
 from compress.blockwise.hessians import InputStatistics
 from compress.blockwise.linears import TargetLinear
 from compress.blockwise.spilled import SpilledValues
-from compress.solvers.gptq import act_order_factor, asymmetric_target
+from compress.solvers.gptq import asymmetric_target, ridge_factor
 from compress.solvers.hessian import damped
 from compress.solvers.kv_merge import align_keys, align_values, merge
 
@@ -64,8 +65,8 @@ def merge_heads(
     now, mismatch = measured
     weight = output.weight.clone()
     if compensate:
-        order, factor, _ = act_order_factor(now.hessian, _DAMP)
-        output.weight.copy_(asymmetric_target(weight, mismatch.inputs, None, factor, order))
+        factor = ridge_factor(now.hessian, _DAMP)
+        output.weight.copy_(asymmetric_target(weight, partial(mismatch.pull, output, weight), factor))
         block.view.processes.broadcast(0, output.weight)
     error = _error(weight, output.weight, before.hessian, now.hessian, mismatch.inputs)
     return {"kept": options.left, "of": options.heads, "error": error}, project

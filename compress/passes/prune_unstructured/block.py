@@ -8,8 +8,9 @@ from typing import Any, Literal
 
 import torch
 
-from compress.blockwise.asymmetric import InputMismatch, symmetric_statistics
+from compress.blockwise.asymmetric import symmetric_statistics
 from compress.blockwise.block import Block
+from compress.blockwise.correction import InputMismatch
 from compress.blockwise.hessians import InputStatistics
 from compress.blockwise.linears import TargetLinear
 from compress.blockwise.reconstruct import Reconstruction, reconstruct_block, trainable_floats

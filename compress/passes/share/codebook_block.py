@@ -8,15 +8,16 @@ from typing import Any
 
 import torch
 
-from compress.blockwise.asymmetric import InputMismatch, statistics_of
+from compress.blockwise.asymmetric import statistics_of
 from compress.blockwise.block import Block
+from compress.blockwise.correction import InputMismatch, corrected
 from compress.blockwise.hessians import InputStatistics
 from compress.blockwise.linears import TargetLinear
 from compress.blockwise.results import TensorExtras
 from compress.blockwise.solve import MatrixSolver, solve_block
 from compress.checkpoint.values import Codes
 from compress.solvers.codebook import codebook, rounded, to_codes
-from compress.solvers.gptq import act_order_factor, asymmetric_target, codebook_gptq
+from compress.solvers.gptq import act_order_factor, codebook_gptq
 from compress.solvers.quant_format import dequantize
 
 
@@ -89,12 +90,11 @@ def _solve(
         note = "no token reached it: clustered by its weights alone"
         return rounded(weight, bits, dtype, None, keep), {"error": None, "note": note}
     H = statistics.hessian
-    if not shared:
+    if mismatch is not None:
+        weight = corrected(linear, weight, H, mismatch, shared)
+    if "order" not in shared:
         shared["order"], shared["factor"], shared["damping"] = act_order_factor(H)
     order, factor = shared["order"], shared["factor"]
-    if mismatch is not None:
-        weight = asymmetric_target(weight, mismatch.inputs, mismatch.residual.get(linear.name), factor, order)
-        mismatch.release()
     book = codebook(weight, bits, H.diagonal(), keep).to(weight.device, dtype)
     codes = to_codes(codebook_gptq(weight, factor.float(), order, book, keep), book, keep)
     row: dict[str, Any] = {"error": statistics.relative_error(weight, dequantize(codes, keep))}
