@@ -184,7 +184,7 @@ def _measured(
         earlier: linears that write to the residual stream before the group does; None where it does not.
         stop: samples on their way through the block as it is and through the original, which has come to that stop.
         changed: what differs between the two.
-        hold: leave some samples out of all sums, which say how far to follow the mismatch.
+        hold: leave some samples out of the mismatch, which say how far to follow it.
     """
     width = group[0].weight.shape[1]
 
@@ -195,11 +195,12 @@ def _measured(
     writers = {linear.name: zeros(len(linear.weight)) for linear in group if earlier is not None}
     mismatch = InputMismatch(zeros(width), writers, len(group))
     left_out = held_out(block.view.samples) if hold else set()
-    most, differing = tokens_of_each(block.view.samples, width), 0
+    most, fitted, differing = tokens_of_each(block.view.samples, width), 0, 0
     for tokens in _token_pairs(block, group, earlier, stop, changed):
         if tokens is None:
             differing += 1
             continue
+        statistics.add(tokens.now)
         if tokens.samples is not None and left_out.intersection(tokens.rows):
             for row in left_out.intersection(tokens.rows):
                 held.add(*tokens.some((tokens.samples == row).nonzero()[:most, 0]), writers)
@@ -207,7 +208,7 @@ def _measured(
             now, moved, lacking = tokens.some(fit)
         else:
             now, moved, lacking = tokens.some(slice(None))
-        statistics.add(now)
+        fitted += len(now)
         with tensor_cores(now, tiles=True):
             mismatch.inputs += moved.T @ now
             if lacking is not None:
@@ -217,6 +218,7 @@ def _measured(
         return None
     statistics.finish()
     block.sum_over_processes(statistics, mismatch.inputs, *mismatch.residual.values())
+    mismatch.scale = statistics.tokens / max(block.view.processes.reduce_sum(fitted)[0], 1)
     if hold:
         choose(group, statistics.hessian, mismatch, held, block.view.processes)
     block.add_shared_inputs(group, statistics)

@@ -20,7 +20,7 @@ from compress.distributed import ProcessGroup
 from compress.solvers.gptq import asymmetric_target, ridge_factor
 
 #: One sample of so many is held out; at least one, if there are two.
-_EVERY = 16
+_EVERY = 8
 #: Ridges to try, as shares of the mean of H's diagonal. The middle one where no sample is held out.
 _RIDGES = (3.0, 1.0, 0.3, 0.1, 0.03)
 #: Outputs of each matrix that are looked at, and values of inputs that are kept for it.
@@ -29,19 +29,21 @@ _OUTPUTS, _VALUES = 64, 1 << 22
 
 @dataclass
 class InputMismatch:
-    """Sums over the tokens of H; x and r belong to the original, x̂ and r̂ to the model as it is now.
+    """Sums over tokens that are not held out; x and r belong to the original, x̂ and r̂ to the model as it is now.
 
     Attributes:
         inputs: Σ (x - x̂) x̂ᵀ [I, I].
         residual: Σ (r - r̂) x̂ᵀ [O, I] by the name of each linear that writes to the residual stream; its outputs are added
             to r.
         readers: number of linears that are still to read them; 0 keeps the sums.
+        scale: all tokens, which H has, over those of the sums.
         ridge: as a share of the mean of H's diagonal. shares: by linear, how much of its correction it takes; 1 by default.
     """
 
     inputs: torch.Tensor
     residual: dict[str, torch.Tensor] = field(default_factory=dict)
     readers: int = 0
+    scale: float = 1.0
     ridge: float = _RIDGES[len(_RIDGES) // 2]
     shares: dict[str, float] = field(default_factory=dict)
 
@@ -53,11 +55,11 @@ class InputMismatch:
             self.residual = {}
 
     def pull(self, linear: TargetLinear, weight: torch.Tensor, rows: slice | torch.Tensor) -> torch.Tensor:
-        """Σ (W (x - x̂) + r - r̂) x̂ᵀ of some of a linear's outputs [S, I]. ``weight``: W of all of them."""
+        """Σ (W (x - x̂) + r - r̂) x̂ᵀ of some of a linear's outputs [S, I], as of all tokens. ``weight``: W of all outputs."""
         result = weight[rows].to(self.inputs.dtype) @ self.inputs
         if (residual := self.residual.get(linear.name)) is not None:
             result += (residual if linear.outputs is None else residual[linear.outputs])[rows]
-        return result
+        return result.mul_(self.scale)
 
 
 @dataclass
