@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import inspect
+import logging
 import os
 import warnings
 from collections.abc import Callable, Collection, Iterator
@@ -168,25 +169,28 @@ def first_line(error: BaseException) -> str:
 
 @contextlib.contextmanager
 def quiet_transformers() -> Iterator[None]:
-    """Within, transformers shows no progress bars, and no warnings: what they warn of is checked here."""
+    """Within, transformers shows no progress bars, and no warnings: what they warn of is checked here.
+
+    Handlers are silenced and not the loggers, since setting a logger's level makes every logger of the process forget its own.
+    """
     from transformers.utils import logging as untyped
 
-    logging: Any = untyped
-
-    verbosity = logging.get_verbosity()
-    bars = logging.is_progress_bar_enabled()
-    if verbosity == logging.ERROR and not bars:  # inside another one; setting a level makes all loggers forget theirs
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-        return
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
+    bars: Any = untyped
+    library = logging.getLogger("transformers")
+    levels = [(handler, handler.level) for handler in library.handlers if handler.level < logging.ERROR]
+    propagate, shown = library.propagate, bars.is_progress_bar_enabled()
+    for handler, _ in levels:
+        handler.setLevel(logging.ERROR)
+    library.propagate = False
+    if shown:  # not inside another one
+        bars.disable_progress_bar()
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             yield
     finally:
-        logging.set_verbosity(verbosity)
-        if bars and os.environ.get("HF_HUB_DISABLE_PROGRESS_BARS") is None:
-            logging.enable_progress_bar()
+        for handler, level in levels:
+            handler.setLevel(level)
+        library.propagate = propagate or library.propagate
+        if shown and os.environ.get("HF_HUB_DISABLE_PROGRESS_BARS") is None:
+            bars.enable_progress_bar()
