@@ -26,16 +26,9 @@ SWEEPS, FITS = (sorted((ROOT / "recipes" / kind).glob("*.yaml")) for kind in ("s
 LABELLED = ("classifier", "distill_classifier")
 
 
-def real(path):
-    return pytest.param(path, id=path.stem, marks=[] if path.stem == "classifier" else [pytest.mark.slow])
-
-
-#: Run on a pico model in `make test`: one recipe of each kind of pass.
-FAST = ("prune_distill_cast", "local_attention")
-
-
 def pico_sized(path):
-    return pytest.param(path, id=path.stem, marks=[] if path.stem in FAST else [pytest.mark.slow])
+    """One of them is run by `make test`; other tests hold the passes of the others."""
+    return pytest.param(path, id=path.stem, marks=[] if path.stem == "local_attention" else [pytest.mark.slow])
 
 
 @pytest.fixture(scope="module")
@@ -159,7 +152,8 @@ def test_bound_is_kept_on_a_pico_model(path, small, short, tmp_path, monkeypatch
     open_checkpoint(made.run.checkpoint)
 
 
-@pytest.mark.parametrize("path", [real(path) for path in RECIPES])
+@pytest.mark.slow
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
 def test_recipe_runs_on_the_example_model(path, tmp_path, monkeypatch):
     monkeypatch.chdir(ROOT)
     loaded = load_recipe(path)

@@ -102,6 +102,7 @@ def test_increase_is_narrower_than_level_by_pairing(pair):
     assert paired.upper - paired.lower < 0.3 * (alone.upper - alone.lower)
 
 
+@pytest.mark.slow
 def test_increase_bound_has_its_coverage():
     """In about 95 of 100 draws the true increase is below the upper bound (a small sample does a little worse)."""
     generator, covered = np.random.default_rng(7), 0
@@ -165,6 +166,7 @@ def test_median_ratio_matches_definition():
     assert found.upper == pytest.approx(0.8, abs=0.01)
 
 
+@pytest.mark.slow
 def test_documents_needed_would_have_decided():
     """Of four times as many documents as it says, drawn like these, the bounds decide; of a tenth of them they do not."""
     generator = np.random.default_rng(3)

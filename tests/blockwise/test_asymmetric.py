@@ -85,7 +85,7 @@ def close(a, b):
     assert (a.double() - b).abs().max() <= 1e-4 * max(float(b.abs().max()), 1e-3)
 
 
-@pytest.mark.parametrize("family", pico.families(WRITERS, tier=("llama", "mixtral", "bert")))
+@pytest.mark.parametrize("family", pico.families(WRITERS, tier=("llama",)))
 def test_input_mismatch_matches_two_whole_models(family, tmp_path):
     checkpoint = open_checkpoint(pico.save(tmp_path / family, family, with_tokenizer=False))
     found: dict = {}
@@ -119,6 +119,7 @@ def test_input_mismatch_matches_two_whole_models(family, tmp_path):
         assert any(float(mismatch.inputs.abs().max()) > 0 for _, mismatch, _ in found.values())
 
 
+@pytest.mark.slow
 def test_input_mismatch_leaves_padding_out(tmp_path):
     """Samples padded on the right have the drift of the same samples without padding."""
     checkpoint = open_checkpoint(pico.save(tmp_path / "llama", "llama", with_tokenizer=False))

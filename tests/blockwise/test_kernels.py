@@ -66,6 +66,7 @@ def images(tmp_path_factory) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_sparsegpt_of_kernels_equals_a_solver_on_unfolded_inputs(resnet, images, tmp_path):
     """The first convolution of the first block, on the inputs that transformers gives it, unfolded by torch."""
     settings = {"method": "sparsegpt", "sparsity": 0.5, "reconstruction_epochs": 0}

@@ -78,6 +78,7 @@ def test_rows_that_make_no_whole_sample_are_refused(tmp_path):
         rows_per_sample(spec, 6)
 
 
+@pytest.mark.slow
 def test_a_block_that_is_left_out_is_not_taken_for_the_least_important(tmp_path):
     """No text changes without a layer of cross-attention to images, and it is not removed unless it is named."""
     checkpoint = checkpoint_of("mllama_text_model", tmp_path / "in")

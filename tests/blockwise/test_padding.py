@@ -51,13 +51,8 @@ def test_padding_is_told_where_tokens_come_first_or_are_filled_up(name, tmp_path
         torch.testing.assert_close(seen[name].double(), x.T @ x, rtol=1e-4, atol=1e-3, msg=name)
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        "SwitchTransformersForConditionalGeneration",
-        pytest.param("NllbMoeForConditionalGeneration", marks=pytest.mark.slow),
-    ],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["SwitchTransformersForConditionalGeneration", "NllbMoeForConditionalGeneration"])
 def test_padding_reaches_no_expert_that_a_list_of_modules_calls(name, tmp_path):
     """Hessians of an expert are those of the tokens that the router sends there, one sample at a time and unpadded."""
     cls = getattr(transformers, name)

@@ -22,7 +22,7 @@ def tuned(folder, data, work):
     return tensors, details["blocks"][0]["tuning"]
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen3_moe"])
+@pytest.mark.parametrize("family", ["llama", pytest.param("qwen3_moe", marks=pytest.mark.slow)])
 def test_training_in_bfloat16_lowers_the_error_as_much(family, data, tmp_path, monkeypatch):
     folder = pico.folder(family)
     monkeypatch.setattr(reconstruct, "_NARROW", 1)

@@ -138,6 +138,7 @@ def test_blocks_of_stages_match_the_whole_model(kind, tmp_path):
     assert not torch.allclose(before[last], after[last], rtol=1e-3, atol=0)
 
 
+@pytest.mark.slow
 def test_layers_between_stages_are_treated_by_their_weights_alone(tmp_path):
     """The layer that merges patches is in no block: it is pruned by magnitude, as it is cast, and stock code loads it."""
     config = SwinConfig(**TWO, embed_dim=8, num_heads=[1, 2], window_size=4)

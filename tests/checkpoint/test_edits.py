@@ -111,6 +111,7 @@ def test_edits_match_dense_twin(family, written, tmp_path):
     assert "auto_map" not in json.loads((tmp_path / "saved/config.json").read_text())
 
 
+@pytest.mark.slow
 def test_edits_load_and_generate_in_stock_transformers(written, stock, tmp_path):
     for family in ("llama", "gpt2", "gemma3_text"):
         unpack(written(family)[1], tmp_path / family)

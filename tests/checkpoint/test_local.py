@@ -112,11 +112,8 @@ def loaded(tmp_path_factory):
 @pytest.mark.parametrize(
     ("family", "pattern"),
     [
-        *(("llama", pattern) for pattern in PATTERNS),
-        *(
-            (family, "window") if family == "gemma2" else pytest.param(family, "window", marks=pytest.mark.slow)
-            for family in FAMILIES[1:]
-        ),
+        *(pytest.param("llama", pattern, marks=[pytest.mark.slow] * (pattern != "window")) for pattern in PATTERNS),
+        *(pytest.param(family, "window", marks=pytest.mark.slow) for family in FAMILIES[1:]),
     ],
 )
 @torch.inference_mode()
@@ -188,10 +185,8 @@ def test_generation_through_the_cache_equals_generation_without(more, loaded):
     assert torch.equal(loaded[1].generate(ids, attention_mask=torch.ones_like(ids), **GREEDY, **more), expected)
 
 
-@pytest.mark.parametrize(
-    "more",
-    [{"num_beams": 2}, *(pytest.param(each, marks=pytest.mark.slow) for each in ({}, {"prefill_chunk_size": 16}))],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("more", [{"num_beams": 2}, {}, {"prefill_chunk_size": 16}])
 def test_padded_prompts_generate_what_each_does_alone(more, loaded):
     ids, lengths = torch.randint(1, 250, (3, 40)), (40, 9, 25)
     padding = torch.stack([torch.arange(40) >= 40 - length for length in lengths]).long()
@@ -417,6 +412,7 @@ def test_calibration_runs_blocks_with_windows(loaded, tmp_path):
     assert len(open_checkpoint(tmp_path / "after").spec.structure.edits) == 3
 
 
+@pytest.mark.slow
 def test_distillation_trains_a_model_with_windows(loaded, tmp_path):
     ids, details = torch.randint(1, 250, (24, 32)), {}
     settings = {"steps": 2, "batch_size": 4, "validation_samples": 8, "evaluate_every": 1, "allow_noop": True}

@@ -124,6 +124,7 @@ def test_compact_store_loads_in_stock_with_our_logits(dtype, tmp_path, stock):
     assert out.splitlines() == ["transformers.models.llama.modeling_llama 5", "refused"]
 
 
+@pytest.mark.slow
 def test_compact_store_wraps_base_classes_and_classifiers(tmp_path, stock_outputs):
     import transformers
 

@@ -97,10 +97,11 @@ def test_run_again_has_nothing_to_do(cli, place):
     assert "gates: passed" in done.out
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("gate", "status", "word"),
     [
-        pytest.param("gates.size.max_ratio=0.1", 1, "failed", marks=pytest.mark.slow),
+        ("gates.size.max_ratio=0.1", 1, "failed"),
         ("gates.bits_per_byte.max_increase=ABOUT", 3, "inconclusive"),
     ],
 )

@@ -24,7 +24,7 @@ def bomb(packing: str, size: int) -> bytes:
     return zstandard.ZstdCompressor().compress(b"word " * (size // 5))
 
 
-@pytest.mark.parametrize("packing", [".gz", ".zst"])
+@pytest.mark.parametrize("packing", [pytest.param(".gz", marks=pytest.mark.slow), ".zst"])
 def test_read_documents_refuses_decompression_bombs(packing, tmp_path, monkeypatch):
     monkeypatch.setattr(packed, "ROOM", 1 << 20)
     (tmp_path / f"x.txt{packing}").write_bytes(bomb(packing, 100 << 20))

@@ -66,7 +66,9 @@ def write_package(page: Path, folder: Path) -> None:
 @pytest.mark.parametrize(
     "page",
     [
-        pytest.param(page, id=page.stem, marks=[pytest.mark.slow] * (page.stem in ("codec", "edit", "family")))
+        pytest.param(
+            page, id=page.stem, marks=[pytest.mark.slow] * (page.stem in ("codec", "edit", "family", "metric"))
+        )
         for page in PAGES
     ],
 )

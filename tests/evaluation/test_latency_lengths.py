@@ -158,7 +158,7 @@ def test_windows_beyond_the_prompt_change_no_cache(tmp_path):
     "settings",
     [
         {"full": "50%", "sinks": 2},
-        {"full": 0, "sinks": 2, "pattern": "strided"},
+        pytest.param({"full": 0, "sinks": 2, "pattern": "strided"}, marks=pytest.mark.slow),
         pytest.param({"full": 0, "sinks": 0, "pattern": "fixed"}, marks=pytest.mark.slow),
     ],
 )

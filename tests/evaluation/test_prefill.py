@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 
 from compress.checkpoint.open import open_checkpoint
@@ -15,6 +16,7 @@ from tests import pico
 from tests.toolbox import plan
 
 
+@pytest.mark.slow
 def test_prefill_measures_time(tmp_path, monkeypatch):
     """A model of a third of the blocks is faster than the whole; the same one is about as fast."""
     monkeypatch.setattr(prefill, "SECONDS", 0.5)

@@ -161,6 +161,7 @@ def test_gates_from_a_position_need_a_causal_model_and_long_documents(tmp_path):
         compress.run({**asked, "document_separator": "<|doc|>"})
 
 
+@pytest.mark.slow
 def test_a_run_is_judged_at_a_distance_and_from_a_position(tmp_path):
     gates = {
         "repetition": {"at": 12, "max_increase": 1000},

@@ -165,7 +165,7 @@ def local(tmp_path, **settings):
     return compress.run({**asked, "store": "compact", "passes": [{"local_attention": windows}]}).checkpoint
 
 
-@pytest.mark.parametrize("pattern", ["window", "strided"])
+@pytest.mark.parametrize("pattern", [pytest.param("window", marks=pytest.mark.slow), "strided"])
 def test_streaming_gives_the_losses_of_one_pass_with_windows_by_head(pattern, tmp_path):
     model = compress.load(local(tmp_path, full="50%", pattern=pattern), dtype="float32")
     whole = score_documents(model, pico.tokenizer(), documents(), window=64, stride=64).to_dict()
@@ -173,6 +173,7 @@ def test_streaming_gives_the_losses_of_one_pass_with_windows_by_head(pattern, tm
     assert streamed["bits_per_byte"] == pytest.approx(whole["bits_per_byte"], rel=1e-5)
 
 
+@pytest.mark.slow
 def test_streaming_past_the_positions_meets_first_tokens_as_single_steps_do(tmp_path):
     """Every head is local, so the text may go on without end; the reference reads it token by token."""
     folder = local(tmp_path, full=0)

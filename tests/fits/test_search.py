@@ -25,6 +25,7 @@ def _search(sizes, most, **settings):
     return Search(most, Bound(max_bytes=most, **settings), sizes, None, 8, SilentProgress(), curve)
 
 
+@pytest.mark.slow
 def test_every_combination_keeps_the_bound(sizes):
     whole = sizes.bytes(sizes.spec)
     search, tried = _search(sizes, int(0.3 * whole)), 0

@@ -73,6 +73,7 @@ def test_codes_with_bfloat16_scales_match_stock_logits(dtype, stock_outputs, tmp
     assert {name: row.get("difference") for name, row in found.items()} == {"int4": 0, "fp8": 0}
 
 
+@pytest.mark.slow
 def test_compact_codes_with_bfloat16_scales_match_stock_logits(stock_outputs, tmp_path):
     """The bundled file makes bfloat16 of them whatever is asked for; the check of what was written compares like with like."""
     base = pico.save(tmp_path / "base", "llama", dtype=torch.bfloat16, with_tokenizer=False)
@@ -113,6 +114,7 @@ def test_rounded_by_scale_uses_given_scale():
     assert expected[3] == 224
 
 
+@pytest.mark.slow
 def test_emulated_model_is_the_one_measured(rounded, texts, tmp_path, cli):
     """A gate judges the rounded model; report, card, terminal and `eval` say in a line what is rounded."""
     _, valid = texts
@@ -152,6 +154,7 @@ def test_emulated_model_is_the_one_measured(rounded, texts, tmp_path, cli):
     assert line in " ".join(out.split())
 
 
+@pytest.mark.slow
 def test_compact_store_refuses_rounded_inputs(rounded, tmp_path):
     """Nothing would read it there: refused, as `kv_cache` is."""
     base = pico.save(tmp_path / "gpt2", "gpt2", with_tokenizer=False)
@@ -163,6 +166,7 @@ def test_compact_store_refuses_rounded_inputs(rounded, tmp_path):
     assert not open_checkpoint(again).spec.structure.edits  # a stock file after all: nothing needs code
 
 
+@pytest.mark.slow
 def test_latency_leaves_emulation_out(rounded):
     """Emulation is slower than any runtime: the timed model does without, and a line says so."""
     from compress.checkpoint.running import emulated

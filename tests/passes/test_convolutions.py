@@ -108,6 +108,7 @@ def test_a_stock_checkpoint_holds_no_codes_of_kernels(regnet, tmp_path):
         compress.apply("cast", regnet, tmp_path / "no", weights="int8", method="rtn")
 
 
+@pytest.mark.slow
 def test_depthwise_kernels_are_cast_where_they_are_named(mobilenet, tmp_path):
     only = ["mobilenet_v1.layer.0.convolution", "mobilenet_v1.conv_stem.convolution"]
     out = compress.apply("cast", mobilenet, tmp_path / "out", weights="int8", method="mse", only=only, store="compact")

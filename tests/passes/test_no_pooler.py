@@ -38,7 +38,9 @@ def hidden(folder):
 @pytest.mark.parametrize(
     ("store", "name", "settings"),
     [
-        ("stock", "prune_structured", {"mlp": 0.25, "compensation": "least_squares"}),
+        pytest.param(
+            "stock", "prune_structured", {"mlp": 0.25, "compensation": "least_squares"}, marks=pytest.mark.slow
+        ),
         ("stock", "cast", {"weights": "bf16"}),
         pytest.param(
             "compact", "prune_unstructured", {"sparsity": 0.5, "reconstruction_epochs": 1}, marks=pytest.mark.slow

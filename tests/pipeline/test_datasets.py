@@ -145,6 +145,7 @@ def test_datasets_refuse_samples_beyond_positions(name, settings, recipe, texts,
     compress.run(recipe(**base, data=fits, output=str(tmp_path / "fits")))
 
 
+@pytest.mark.slow
 def test_apply_takes_data_in_every_form(tmp_path, texts, pico_llama):
     train = str(texts[0])
     tokenizer, documents = load_tokenizer(pico_llama), read_documents([train], "<|doc|>")
@@ -199,6 +200,7 @@ def test_apply_takes_data_in_every_form(tmp_path, texts, pico_llama):
         assert message in str(caught.value)
 
 
+@pytest.mark.slow
 def test_datasets_join_columns_by_a_template(recipe, texts, tmp_path, pico_llama, cli):
     """Joined by a template they are the documents that calibration, evaluation and `eval` read."""
     files, template = {}, "Q: {question}\n{note}A: {answer}"

@@ -99,6 +99,7 @@ def test_run_measures_sentence_embeddings(base, folders):
     assert "AutoModel.from_pretrained" in card
 
 
+@pytest.mark.slow
 def test_run_measures_similarity_without_labels(base, folders):
     plain = {"evaluation": {"files": [str(folders / "pairs.tsv")], "field": "one"}}
     result = compress.run(base(data=plain, gates={"similarity": {"min": 0.999}}))
@@ -125,6 +126,7 @@ def test_run_measures_masked_language_models(base, folders, texts):
         compress.run(base(**{**how, "gates": {"bits_per_byte": {"max": 9}}}))
 
 
+@pytest.mark.slow
 def test_run_calibrates_on_pairs(base, folders):
     """Pruned block by block on pairs as the model reads them; the default with `text` is one row at a time."""
     calibration = {"files": [str(folders / "pairs.tsv")], "text": ["one", "two"], "samples": 20, "length": 24}
@@ -147,6 +149,7 @@ def test_run_refuses_shared_pairs(base, folders):
         compress.run(base(data=data, passes=[{"prune_structured": {"layers": 1}}]))
 
 
+@pytest.mark.slow
 def test_evaluate_measures_embeddings(base, folders, tmp_path, capsys, monkeypatch):
     small = compress.run(base()).checkpoint
     file = str(folders / "pairs.tsv")

@@ -118,6 +118,7 @@ def test_clean_leaves_what_a_living_process_writes(tmp_path):
     assert files.leftovers(tmp_path) == [stranger]
 
 
+@pytest.mark.slow
 def test_clean_takes_work_of_another_recipe(recipe, tmp_path):
     passes = [{"prune_unstructured": {"method": "sparsegpt", "sparsity": "60%", "effort": "fast"}}]
 

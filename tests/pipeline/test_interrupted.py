@@ -63,15 +63,16 @@ write._pwrite = slow
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("stage", "number", "status"),
     [
-        pytest.param(1, signal.SIGINT, 130, marks=pytest.mark.slow),
-        pytest.param(3, signal.SIGTERM, 130, marks=pytest.mark.slow),
+        (1, signal.SIGINT, 130),
+        (3, signal.SIGTERM, 130),
         (3, signal.SIGKILL, -9),
-        pytest.param(3, signal.SIGINT, 130, marks=pytest.mark.slow),
-        pytest.param(1, signal.SIGTERM, 130, marks=pytest.mark.slow),
-        pytest.param(1, signal.SIGKILL, -9, marks=pytest.mark.slow),
+        (3, signal.SIGINT, 130),
+        (1, signal.SIGTERM, 130),
+        (1, signal.SIGKILL, -9),
     ],
 )
 def test_run_resumes_when_stopped_while_writing(number, status, stage, recipe_file, tmp_path):
@@ -144,6 +145,7 @@ def test_run_killed_resumes_at_its_last_block(recipe_file, tmp_path):
     assert not any((tmp_path / "out.run/work").iterdir())
 
 
+@pytest.mark.slow
 def test_run_refuses_a_second_run_at_the_same_output(recipe_file):
     path = recipe_file()
     first = start(path, before=PAUSE.format(stage=1))
@@ -193,6 +195,7 @@ def test_run_tells_a_bug_in_one_line_and_a_log(recipe_file):
     assert "Traceback" not in errors
 
 
+@pytest.mark.slow
 def test_run_tells_out_of_memory(recipe_file):
     process = start(
         recipe_file(), before="import compress.checkpoint.write as w\ndef no(v): raise MemoryError\nw._digest = no"
@@ -202,6 +205,7 @@ def test_run_tells_out_of_memory(recipe_file):
     assert "out of memory" in errors
 
 
+@pytest.mark.slow
 def test_run_refuses_a_bad_recipe_without_torch(tmp_path):
     (tmp_path / "bad.yaml").write_text("model: [")
     process = start_cold(

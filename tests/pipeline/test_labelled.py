@@ -60,12 +60,14 @@ def test_run_prunes_measures_and_gates_a_classifier(classifying, labelled):
     assert again.nothing_to_do
 
 
+@pytest.mark.slow
 def test_run_of_a_classifier_is_not_published_when_a_gate_fails(classifying):
     harsh = [{"prune_unstructured": {"method": "magnitude", "sparsity": 0.95}}]
     result = compress.run(classifying(passes=harsh, gates={"accuracy": {"max_drop": 1}}))
     assert (result.verdict, result.published) == ("failed", False)
 
 
+@pytest.mark.slow
 def test_eval_and_gate_of_a_classifier(classifying, labelled, cli, tmp_path):
     folder, file = labelled
     small = compress.run(classifying()).checkpoint

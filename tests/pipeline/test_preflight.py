@@ -273,6 +273,7 @@ def test_check_names_what_a_tokenizer_lacks(check, recipe, texts, tmp_path):
     assert not list((tmp_path / "out.run").glob("stages/*"))
 
 
+@pytest.mark.slow
 def test_check_of_data_imports_no_torch(recipe, tmp_path):
     with (tmp_path / "r.yaml").open("w") as file:
         YAML().dump(recipe(), file)

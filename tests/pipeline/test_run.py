@@ -61,6 +61,7 @@ def test_run_end_to_end(recipe, tmp_path, pico_llama, stock):
     assert not list(tmp_path.glob(".*"))
 
 
+@pytest.mark.slow
 def test_run_has_nothing_to_do_the_second_time(recipe, tmp_path):
     first = compress.run(recipe())
     stamp = (tmp_path / "out/model.safetensors").stat().st_mtime_ns
@@ -126,6 +127,7 @@ def test_run_publishes_nothing_when_a_gate_fails(recipe, tmp_path):
     load_model(tmp_path / "out")
 
 
+@pytest.mark.slow
 def test_run_keeps_an_earlier_result_when_the_new_one_fails(recipe, tmp_path):
     compress.run(recipe(evaluate=[]))
     before = weights(tmp_path / "out")
@@ -219,6 +221,7 @@ def test_run_locates_errors_of_a_pass(recipe):
         compress.run(recipe(passes=settings))
 
 
+@pytest.mark.slow
 def test_plan_gives_what_a_run_writes(recipe, pico_llama):
     planned = compress.plan(recipe(evaluate=[]))
     result = compress.run(recipe(evaluate=[]))
@@ -228,6 +231,7 @@ def test_plan_gives_what_a_run_writes(recipe, pico_llama):
     assert last.other_store.bytes == stock_run.report["result"]["size"]["bytes"]
 
 
+@pytest.mark.slow
 def test_apply_unpack_and_load(tmp_path, pico_llama, texts):
     train, _ = texts
     out = compress.apply(

@@ -109,6 +109,7 @@ def test_run_does_not_publish_a_stage_changed_meanwhile(small, tmp_path, monkeyp
     assert compress.run(small()).published
 
 
+@pytest.mark.slow
 def test_stage_record_is_written_before_work_is_removed(recipe, tmp_path):
     """A kill leaves a finished stage its record, or an unfinished one its work."""
     passes = [{"prune_unstructured": {"method": "sparsegpt", "sparsity": "60%", "effort": "fast"}}]
@@ -201,10 +202,7 @@ def damages(path: Path) -> dict[str, object]:
 
 @pytest.mark.parametrize(
     "kind",
-    [
-        pytest.param(kind, marks=[] if kind in ("cut", "number changed") else [pytest.mark.slow])
-        for kind in damages(Path(__file__))
-    ],
+    [pytest.param(kind, marks=[] if kind == "cut" else [pytest.mark.slow]) for kind in damages(Path(__file__))],
 )
 def test_run_folder_is_made_anew_when_damaged(recipe, tmp_path, kind):
     data = recipe()["data"]

@@ -76,6 +76,7 @@ def test_unhelped_run_without_gates_ends_with_3(run):
     assert all((before[name] == after[name]).all() for name in before)
 
 
+@pytest.mark.slow
 def test_unhelped_report_is_told_by_gate(run, monkeypatch, capsys):
     *_, output = run()
     monkeypatch.setattr(sys, "argv", ["compress", "gate", str(output.parent / "out.run/report.json")])
@@ -85,6 +86,7 @@ def test_unhelped_report_is_told_by_gate(run, monkeypatch, capsys):
     assert "no gates, and a training that did not help: inconclusive" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_unhelped_run_is_published_anyway_when_asked(run):
     status, out, report, output = run("--publish-anyway")
     assert (status, report["published"]) == (3, True)
@@ -92,6 +94,7 @@ def test_unhelped_run_is_published_anyway_when_asked(run):
     assert (output / "model.safetensors").is_file()
 
 
+@pytest.mark.slow
 def test_unhelped_run_ends_with_0_when_noop_is_allowed(run):
     status, out, report, output = run(distill={"allow_noop": True})
     assert (status, report["status"], report["published"]) == (0, "no gates", True)
@@ -99,7 +102,7 @@ def test_unhelped_run_ends_with_0_when_noop_is_allowed(run):
     assert (output / "model.safetensors").is_file()
 
 
-@pytest.mark.parametrize(("ratio", "status"), [(0.9, 0), (0.1, 1)])
+@pytest.mark.parametrize(("ratio", "status"), [(0.9, 0), pytest.param(0.1, 1, marks=pytest.mark.slow)])
 def test_unhelped_run_with_gates_follows_their_verdict(run, ratio, status):
     found, out, report, output = run(gates={"size": {"max_ratio": ratio}})
     assert found == status

@@ -581,6 +581,7 @@ def test_recipe_from_mapping_locates_mistakes_by_keys(work: Path) -> None:
     ]
 
 
+@pytest.mark.slow
 def test_load_recipe_imports_nothing_heavy(work: Path) -> None:
     Path("r.yaml").write_text(FULL)
     code = (

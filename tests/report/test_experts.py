@@ -86,6 +86,7 @@ def test_cold_experts_are_named_in_the_report(family, name, settings, cold, fold
     assert open_checkpoint(result.checkpoint).spec.tensors
 
 
+@pytest.mark.slow
 def test_cold_experts_are_told_on_the_terminal(folders, texts, tmp_path, capsys):
     from compress.cli.tables import print_report
 

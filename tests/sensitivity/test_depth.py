@@ -40,8 +40,11 @@ def batches(family: str) -> Batches:
 @pytest.mark.parametrize(
     ("family", "name"),
     [
-        *(("llama", None), ("bert", "BertForSequenceClassification")),
-        pytest.param("bert", "BertModel", marks=pytest.mark.slow),
+        ("llama", None),
+        *(
+            pytest.param("bert", name, marks=pytest.mark.slow)
+            for name in ("BertForSequenceClassification", "BertModel")
+        ),
         *(pytest.param(family, None, marks=pytest.mark.slow) for family in pico.ONE_LIST if family != "llama"),
     ],
 )
@@ -104,6 +107,7 @@ def damped(folder: Path, shares: dict[int, float]) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_race_ends_with_the_choice_of_all_samples(tmp_path):
     """In much fewer trials; the second removal does not try what was clearly worse before."""
     folder = damped(tmp_path / "in", {0: 0.3, 2: 0.03, 3: 0.1})
@@ -162,6 +166,7 @@ class Killing(SilentProgress):
             raise Killed
 
 
+@pytest.mark.slow
 def test_choice_resumes_with_the_same_losses(tmp_path):
     """To the last bit, wherever it was stopped."""
     folder = damped(tmp_path / "in", {0: 0.3, 2: 0.05, 3: 0.06})

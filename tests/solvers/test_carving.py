@@ -62,6 +62,7 @@ def test_clusters_are_neurons_of_the_same_tokens():
     assert len({(int(a), int(b)) for a, b in zip(group, owner, strict=True)}) == 4
 
 
+@pytest.mark.slow
 def test_router_learns_the_shares():
     """Near the loss of a plain descent with all tokens in every step."""
     g = torch.Generator().manual_seed(0)

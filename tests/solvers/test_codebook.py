@@ -62,6 +62,7 @@ def test_codebook_matches_best_division_of_few_values(count, weighted, seed):
     assert error(W, codebook(W, 2, h), h) == pytest.approx(best, rel=1e-4, abs=1e-12)
 
 
+@pytest.mark.slow
 @settings(max_examples=10, deadline=None)
 @given(st.integers(2, 6), st.sampled_from(["normal", "heavy", "outlier"]), st.booleans(), st.integers(0, 10_000))
 def test_codebook_beats_lloyd_from_same_and_uniform_start(bits, kind, weighted, seed):

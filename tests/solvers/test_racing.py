@@ -65,6 +65,7 @@ def leaves(losses: torch.Tensor, error: float) -> list[list[bool]]:
     return [behind(race, race[int(race.mean(1).argmin())], error).tolist() for race in losses]
 
 
+@pytest.mark.slow
 def test_the_best_candidate_rarely_leaves():
     """It is 2 % better than 19 others that are alike, so that another one leads nearly always."""
     gone = leaves(races(0.98, 20, 6), 0.05)

@@ -78,6 +78,7 @@ def test_sparsegpt_matches_slow_twin(seed, rows, columns, target, blocksize, wit
         assert int((~mask).sum()) == (gone if earlier is None else max(gone, int((~earlier).sum())))
 
 
+@pytest.mark.slow
 @settings(max_examples=20, deadline=None)
 @given(SEEDS, st.booleans())
 def test_sparsegpt_matches_slow_twin_when_matrix_is_wide(seed, structured):

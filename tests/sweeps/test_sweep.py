@@ -82,6 +82,7 @@ def test_second_run_does_nothing_and_more_trials_go_on(sweep, imagined, tmp_path
     assert len(again.recipes) == 2
 
 
+@pytest.mark.slow
 def test_failing_trial_does_not_end_a_sweep(sweep, imagined, tmp_path):
     runner = imagined(size, kl)
 

@@ -66,6 +66,7 @@ def test_tokenizer_comes_from_the_file():
     assert tokenizer.decode([257, 69]) == "the"
 
 
+@pytest.mark.slow
 def test_recipe_from_gguf_to_stock_reload(texts, stock_outputs, tmp_path):
     (tmp_path / "in").mkdir()
     file = shutil.copy(FOLDER / "llama.gguf", tmp_path / "in" / "m.gguf")

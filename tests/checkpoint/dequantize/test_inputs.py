@@ -57,6 +57,7 @@ def test_inspect_shows_the_stored_format_and_bytes(folders):
         assert {row["storage"] for row in facts["tensors"]} == {"dense", expected[name]}
 
 
+@pytest.mark.slow
 def test_headers_are_read_without_torch(folders):
     code = (
         "import sys\n"
@@ -100,7 +101,8 @@ RECIPES = {
 }
 
 
-@pytest.mark.parametrize("name", ["mxfp4", pytest.param("fp8", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["mxfp4", "fp8"])
 def test_recipe_from_small_files_to_stock_reload(name, folders, texts, stock_outputs, tmp_path):
     recipe = {
         "model": str(folders[name]),
@@ -125,16 +127,17 @@ def test_recipe_from_small_files_to_stock_reload(name, folders, texts, stock_out
 
 WRAPPED = [
     ("LlavaForConditionalGeneration", "fp8"),
-    pytest.param("BartForConditionalGeneration", "gptq", marks=pytest.mark.slow),
-    pytest.param("LlavaForConditionalGeneration", "gptq", marks=pytest.mark.slow),
-    pytest.param("Gemma3ForConditionalGeneration", "fp8", marks=pytest.mark.slow),
-    pytest.param("Gemma3ForConditionalGeneration", "gptq", marks=pytest.mark.slow),
-    pytest.param("Qwen2_5_VLForConditionalGeneration", "fp8", marks=pytest.mark.slow),
-    pytest.param("Qwen2_5_VLForConditionalGeneration", "gptq", marks=pytest.mark.slow),
-    pytest.param("WhisperForConditionalGeneration", "fp8", marks=pytest.mark.slow),
+    ("BartForConditionalGeneration", "gptq"),
+    ("LlavaForConditionalGeneration", "gptq"),
+    ("Gemma3ForConditionalGeneration", "fp8"),
+    ("Gemma3ForConditionalGeneration", "gptq"),
+    ("Qwen2_5_VLForConditionalGeneration", "fp8"),
+    ("Qwen2_5_VLForConditionalGeneration", "gptq"),
+    ("WhisperForConditionalGeneration", "fp8"),
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("class_name", "method"), WRAPPED)
 def test_small_wrappers_and_encoder_decoders_reload_in_stock(class_name, method, tmp_path):
     folder = wrapped(tmp_path / "in", class_name, method)

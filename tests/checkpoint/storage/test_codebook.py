@@ -129,6 +129,7 @@ def test_codebook_values_codes_and_masks_round_trip(written):
                 assert not torch.signbit(found.data[~found.mask]).any()
 
 
+@pytest.mark.slow
 def test_codebook_loaders_match_dense_twin(written, stock_outputs, tmp_path):
     cases = {}
     for family, (done, values) in written.items():

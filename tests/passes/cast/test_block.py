@@ -61,7 +61,7 @@ def test_cast_codes_match_stock_transformers(settings, folders, tmp_path):
     assert torch.equal(our_logits(without_metadata(out, tmp_path / "bare")), logits)
 
 
-@pytest.mark.parametrize("family", pico.families(["llama", "qwen3_moe", "deepseek_v3"], tier=("llama", "qwen3_moe")))
+@pytest.mark.parametrize("family", pico.families(["llama", "qwen3_moe", "deepseek_v3"], tier=("llama",)))
 def test_cast_falls_back_to_groups_that_divide(family, tmp_path):
     """Widths that 64 does not divide: groups of 32, else a channel, of any width; fused experts have one size."""
     sizes = {"llama": {"intermediate_size": 45, "head_dim": 16}, "qwen3_moe": {"moe_intermediate_size": 32}}
@@ -127,7 +127,7 @@ def test_cast_codes_of_bfloat16_checkpoints_match_stock(format_, folders, tmp_pa
 
 
 #: Family ▶ whether codes are symmetric at every commit; the other way round is slow.
-SYMMETRIC = {"llama": True, "gpt2": False, "qwen3_moe": None, "bert": None, "opt": None, "phi3": None}
+SYMMETRIC = {"llama": True, "gpt2": None, "qwen3_moe": None, "bert": None, "opt": None, "phi3": None}
 
 
 @pytest.mark.parametrize(

@@ -71,6 +71,7 @@ def test_kv_cache_scales_match_largest_keys_and_values(made, kind):
     assert (said.strategy, said.dynamic) == ("attn_head" if kind == "head" else "tensor", False)
 
 
+@pytest.mark.slow
 def test_kv_cache_scales_follow_gptq_codes(base, tmp_path):
     settings = {
         "weights": "int3",
@@ -152,9 +153,7 @@ def test_kv_cache_scales_round_keys_and_values_in_evaluation(made, kind):
         assert torch.allclose(output.logits[:, -1], expected[:, -1], atol=1e-4)
 
 
-@pytest.mark.parametrize(
-    "family", pico.families(["gemma2", "qwen3_moe", "bloom", "gpt_neox"], tier=("gemma2", "bloom"))
-)
+@pytest.mark.parametrize("family", pico.families(["gemma2", "qwen3_moe", "bloom", "gpt_neox"], tier=("bloom",)))
 def test_kv_cache_scales_of_other_families(family, tmp_path):
     """Sliding windows, norms of keys, attention of other shapes: with scales where servers read them."""
     base = pico.save(tmp_path / "base", family, with_tokenizer=False)

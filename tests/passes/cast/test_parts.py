@@ -111,6 +111,7 @@ def test_gptq_of_several_matrices_is_that_of_each(form: QuantFormat, masked: boo
         assert float(differ.float().mean()) < 0.001
 
 
+@pytest.mark.slow
 def test_experts_rounded_together_are_those_of_each_alone(
     folders: dict[str, Path], data: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -41,6 +41,7 @@ def head_and_inputs(folder: Path) -> tuple[torch.Tensor, torch.Tensor]:
     return model.get_input_embeddings().weight, model.get_output_embeddings().weight
 
 
+@pytest.mark.slow
 def test_distill_trains_a_copied_head_with_its_embedding(tmp_path):
     tied = pico.save(tmp_path / "tied", "llama", tie_word_embeddings=True)
     table = load_file(tied / "model.safetensors")["model.embed_tokens.weight"]

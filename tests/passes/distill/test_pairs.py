@@ -45,6 +45,7 @@ def test_features_of_a_model_without_a_base_are_its_logits(folders):
         assert torch.equal(features.head(features.predicted(output, inputs, where)), model(**inputs).logits[0])
 
 
+@pytest.mark.slow
 def test_distill_lowers_the_loss_of_a_pruned_encoder_decoder(pairs, tmp_path):
     recipe = {
         "model": str(pico.folder("t5")),

@@ -80,7 +80,7 @@ def test_cache_is_as_large_as_planned():
         planned(**EVERY, max_cache="10%", at=64)
 
 
-@pytest.mark.parametrize("pattern", ["window", "strided"])
+@pytest.mark.parametrize("pattern", ["window", pytest.param("strided", marks=pytest.mark.slow)])
 def test_the_head_that_would_lose_most_stays_full(pattern, uneven, tmp_path, data):
     details = {}
     compress.apply(

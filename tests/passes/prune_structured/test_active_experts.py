@@ -86,6 +86,7 @@ def test_weights_stay_without_compensation_and_where_the_config_normalises(setti
     assert all(torch.equal(out.tensor(n).data, original.tensor(n).data) for n in original.spec.tensors)
 
 
+@pytest.mark.slow
 def test_carved_experts_keep_their_sum(tmp_path):
     """Each of k chosen experts has the weight 1/k, for which its down projection is k times as large."""
     carved = apply(
@@ -100,6 +101,7 @@ def test_carved_experts_keep_their_sum(tmp_path):
     )
 
 
+@pytest.mark.slow
 def test_experts_go_after_each_token_has_fewer(tmp_path):
     """Two of four may stay where a token has two instead of three; blocks are then tuned towards the original."""
     folder = pico.folder("qwen3_moe", num_experts_per_tok=3)

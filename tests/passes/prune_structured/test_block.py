@@ -108,7 +108,8 @@ def test_last_block_is_trained_towards_predictions(family, folders, tmp_path):
     assert kl["predictions"] < after[-1]["before"]
 
 
-@pytest.mark.parametrize("family", pico.families(["llama", "gpt2", "mixtral", "bert"], tier=("llama",)))
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["llama", "gpt2", "mixtral", "bert"])
 def test_importance_by_loss_beats_activation_and_magnitude(family, folders, tmp_path):
     original = open_checkpoint(folders[family])
     errors = {}
@@ -193,6 +194,7 @@ def test_greedy_layer_removal_matches_trying_each(tmp_path):
     assert details["samples_without_block"][0]["0"] == 32
 
 
+@pytest.mark.slow
 def test_prune_structured_ignores_padding(tmp_path):
     """Padded samples give the same model as the same tokens without padding."""
     folder = pico.save(tmp_path / "in", "bert", with_tokenizer=False)
@@ -206,6 +208,7 @@ def test_prune_structured_ignores_padding(tmp_path):
         torch.testing.assert_close(plain.tensor(name).data, other.tensor(name).data, rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_prune_structured_resumes_between_blocks(tmp_path, monkeypatch):
     from compress.passes.prune_structured import block
 

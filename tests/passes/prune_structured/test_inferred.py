@@ -35,10 +35,7 @@ FAMILIES = {
 }
 #: Those whose neurons alone are tested.
 NEURONS = {"ctrl": "CTRLLMHeadModel"}
-TIER = ("olmo2", "falcon", "glm")
-families = pytest.mark.parametrize(
-    "family", [f if f in TIER else pytest.param(f, marks=pytest.mark.slow) for f in FAMILIES]
-)
+families = pytest.mark.parametrize("family", pico.families(FAMILIES, tier=("falcon",)))
 
 
 def save(family: str, folder: Path) -> Path:
@@ -63,7 +60,7 @@ def outputs(model: Any, ids: torch.Tensor) -> torch.Tensor:
     return torch.cat(logits, 1)
 
 
-@pytest.mark.parametrize("family", pico.families([*FAMILIES, *NEURONS], tier=("falcon", "glm")))
+@pytest.mark.parametrize("family", pico.families([*FAMILIES, *NEURONS], tier=("falcon",)))
 def test_neurons_that_go_equal_neurons_that_are_zero(family, tmp_path):
     before = save(family, tmp_path / "in")
     compress.apply("prune_structured", before, tmp_path / "out", mlp=0.25, **DATA_FREE)
@@ -157,6 +154,7 @@ def test_the_last_block_of_a_kind_is_kept_where_the_class_needs_one(tmp_path):
     assert plan(open_checkpoint(tmp_path), "prune_structured", layers=(2,), **DATA_FREE)
 
 
+@pytest.mark.slow
 def test_a_block_that_the_class_needs_is_not_chosen(tmp_path):
     """ModernBERT's first block has no norm in front of its attention, and the class gives none to whichever block is first."""
     model = pico_model(

@@ -78,7 +78,8 @@ def test_cluster_writes_what_is_planned_and_loads(family, calibrated, folders, d
 @pytest.mark.parametrize(
     ("family", "store", "calibrated"),
     [
-        *(("llama", "compact", True), ("gpt2", "compact", False)),
+        pytest.param("llama", "compact", True, marks=pytest.mark.slow),
+        ("gpt2", "compact", False),
         pytest.param("gpt2", "stock", True, marks=pytest.mark.slow),
     ],
 )
