@@ -27,8 +27,8 @@ LABELLED = ("classifier", "distill_classifier")
 
 
 def pico_sized(path):
-    """One of them is run by `make test`; other tests hold the passes of the others."""
-    return pytest.param(path, id=path.stem, marks=[] if path.stem == "local_attention" else [pytest.mark.slow])
+    """One recipe of several passes is run by `make test`; other tests hold the passes of the others."""
+    return pytest.param(path, id=path.stem, marks=[] if path.stem == "prune_distill_cast" else [pytest.mark.slow])
 
 
 @pytest.fixture(scope="module")

@@ -61,7 +61,6 @@ def test_run_end_to_end(recipe, tmp_path, pico_llama, stock):
     assert not list(tmp_path.glob(".*"))
 
 
-@pytest.mark.slow
 def test_run_has_nothing_to_do_the_second_time(recipe, tmp_path):
     first = compress.run(recipe())
     stamp = (tmp_path / "out/model.safetensors").stat().st_mtime_ns
@@ -221,7 +220,6 @@ def test_run_locates_errors_of_a_pass(recipe):
         compress.run(recipe(passes=settings))
 
 
-@pytest.mark.slow
 def test_plan_gives_what_a_run_writes(recipe, pico_llama):
     planned = compress.plan(recipe(evaluate=[]))
     result = compress.run(recipe(evaluate=[]))
