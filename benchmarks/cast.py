@@ -26,11 +26,13 @@ JOBS: dict[str, dict[str, Any]] = {
     "int4 mse": {"weights": "int4", "method": "mse"},
     "int4 untuned": {"weights": "int4", **UNTUNED},
     "int4 balanced": {"weights": "int4"},
+    "int4 tuned": {"weights": "int4", "reconstruction_epochs": 1},
     "int4 best": {"weights": "int4", "effort": "best"},
     "int3 rtn": {"weights": "int3", "method": "rtn"},
     "int3 mse": {"weights": "int3", "method": "mse"},
     "int3 untuned": {"weights": "int3", **UNTUNED},
     "int3 balanced": {"weights": "int3"},
+    "int3 tuned": {"weights": "int3", "reconstruction_epochs": 1},
     "int3 best": {"weights": "int3", "effort": "best"},
     "int2 balanced": {"weights": "int2"},
     "int2 best": {"weights": "int2", "effort": "best"},
@@ -44,7 +46,7 @@ JOBS: dict[str, dict[str, Any]] = {
     "50% sparse + int4": {"weights": "int4"},
 }
 #: Other tools' method beside ours; None for all.
-PEERS: dict[str, str | None] = {"best": None, "balanced": None, "untuned": "gptq"}
+PEERS: dict[str, str | None] = {"best": None, "balanced": None, "tuned": None, "untuned": "gptq"}
 
 
 def main() -> None:
@@ -94,8 +96,8 @@ def main() -> None:
         f"`{page.command('bench-cast', parser, args)}`: {page.environment()} "
         f"{args.samples} × {scoring.WINDOW} calibration tokens. {texts.note()} "
         "Integers are symmetric, in groups of 64 (int8: per channel). `best` is `effort: best`: GPTQ with "
-        "every error correction, then block reconstruction; `untuned` omits the reconstruction. Seconds cover the whole "
-        "call: loading, self-check and writing.",
+        "every error correction, then block reconstruction; `untuned` omits the reconstruction, `tuned` adds one epoch of it "
+        "to `balanced`. Seconds cover the whole call: loading, self-check and writing.",
         "",
         *page.table(["job", *scoring.COLUMNS, "bytes", "seconds", "others, ΔNLL"], rows),
     ]
